@@ -1,0 +1,1 @@
+"""Attention over paged K/V behind one Protocol (`base`); `select` picks a backend."""

@@ -1,0 +1,255 @@
+"""The step loop: schedule, submit, collect. Knows no tensors, no text and no clock but its own."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pagelab.config import MemoryConfig, SchedulerConfig
+from pagelab.errors import RequestError, RequestTooLongError
+from pagelab.memory.allocators import Allocator
+from pagelab.memory.kv_manager import KVManager
+from pagelab.scheduling.batch import Batch, StepResult
+from pagelab.scheduling.scheduler import Scheduler
+from pagelab.scheduling.sequence import Request, Status, TokenEvent
+from pagelab.types import FinishReason, RequestId, RequestMetrics, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Does the work of steps: a model on a device, or a cost model in a simulator.
+
+    Steps are submitted and collected in order; a runner may be a step or more behind.
+    """
+
+    def submit(self, batch: Batch) -> Any:
+        """Start a step and return a handle for it at once, if the device can run ahead."""
+        ...
+
+    def collect(self, handle: Any) -> StepResult:
+        """Wait for a step's result."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did, for those who watch."""
+
+    step: int
+    time: float  # of the engine's clock, at the step's end
+    num_tokens: int
+    num_running: int
+    num_waiting: int
+    waiting_blocks: int | None
+    events: tuple[TokenEvent, ...]
+
+
+class EngineCore:
+    """Requests in, tokens out, one step at a time.
+
+    ::
+
+        add_request ──▶ Scheduler ──▶ Batch ──▶ Runner.submit ──▶ in flight ─┐
+                            ▲                                                │
+                            └──────── tokens, ends ◀── Runner.collect ◀──────┘
+
+    A step that raises ends the requests that were in it and nothing else.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        memory: MemoryConfig,
+        scheduling: SchedulerConfig,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        allocator: Allocator | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.runner = runner
+        self.kv = KVManager(memory, allocator)
+        self.scheduler = Scheduler(scheduling, self.kv, eos_token_ids)
+        self.vocab_size = vocab_size
+        self.clock = clock
+        self.on_step: Callable[[StepRecord], None] | None = None
+        self._check = memory.check_invariants
+        self._requests: dict[RequestId, Request] = {}
+        self._in_flight: deque[tuple[Batch, Any]] = deque()
+        self._arrivals = itertools.count()
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` still has something to do."""
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        arrival_time: float | None = None,
+    ) -> Request:
+        """Queue a request. Lower priorities are served first.
+
+        Raises:
+            RequestError: the prompt is empty or no list of token ids, or the id is in use.
+            RequestTooLongError: it could never fit into the model's length or the pool.
+        """
+        prompt = self._checked_prompt(prompt_token_ids)
+        max_output = self._checked_length(len(prompt), params)
+        index = next(self._arrivals)
+        identity = RequestId(request_id if request_id is not None else str(index))
+        if identity in self._requests:
+            raise RequestError(f"request id {identity!r} is in use")
+        request = Request(
+            id=identity,
+            prompt_token_ids=prompt,
+            params=params,
+            max_output_tokens=max_output,
+            seed=params.seed if params.seed is not None else secrets.randbits(62),
+            arrival_index=index,
+            metrics=RequestMetrics(self.clock() if arrival_time is None else arrival_time),
+            priority=priority,
+        )
+        self._requests[identity] = request
+        self.scheduler.add(request)
+        return request
+
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End a request's running and waiting sequences. Unknown or ended ones are ignored."""
+        request = self._requests.get(RequestId(request_id))
+        if request is not None:
+            for sequence in request.sequences:
+                self.scheduler.finish(sequence, reason)
+            self._forget_if_finished(request)
+
+    def stop(self, event: TokenEvent) -> None:
+        """End one sequence by a condition that the core does not know (a stop string)."""
+        self.scheduler.finish(event.sequence, FinishReason.STOP)
+        event.sequence.finish_reason = FinishReason.STOP  # also where the length ended it just now
+        self._forget_if_finished(event.sequence.request)
+
+    def step(self) -> list[TokenEvent]:
+        """Submit steps as far ahead as allowed, collect the oldest, return its news."""
+        events: list[TokenEvent] = []
+        while len(self._in_flight) < self.scheduler.config.max_steps_in_flight:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            self._note_scheduled(batch)
+            try:
+                self._in_flight.append((batch, self.runner.submit(batch)))
+            except Exception as error:
+                events += self._fail(batch, error)
+            except BaseException:  # Ctrl-C: leave a state that can go on
+                self.scheduler.fail(batch, "interrupted", FinishReason.CANCELLED)
+                raise
+        num_tokens = 0
+        step = -1
+        if self._in_flight:
+            batch, handle = self._in_flight.popleft()
+            step, num_tokens = batch.step, batch.num_tokens
+            try:
+                result = self.runner.collect(handle)
+            except Exception as error:
+                events += self._fail(batch, error)
+            except BaseException:
+                self.scheduler.fail(batch, "interrupted", FinishReason.CANCELLED)
+                raise
+            else:
+                events += self.scheduler.update(batch, result)
+        elif not events:
+            assert not self.scheduler.has_work, "requests wait and none can ever be scheduled"
+        self._after_step(step, num_tokens, events)
+        return events
+
+    def _after_step(self, step: int, num_tokens: int, events: list[TokenEvent]) -> None:
+        now = self.clock()
+        for event in events:
+            request = event.sequence.request
+            if event.token is not None and event.sequence.id.index == 0:
+                request.metrics.token_times.append(now)
+            if event.token is not None and request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            if event.finish_reason is not None:
+                self._forget_if_finished(request)
+        if self._check:
+            self.scheduler.check_invariants()
+        if self.on_step is not None:
+            scheduler = self.scheduler
+            self.on_step(
+                StepRecord(
+                    step,
+                    now,
+                    num_tokens,
+                    len(scheduler.running),
+                    len(scheduler.waiting),
+                    scheduler.waiting_blocks,
+                    tuple(events),
+                )
+            )
+
+    def _note_scheduled(self, batch: Batch) -> None:
+        now = self.clock()
+        for part in batch.sequences:
+            metrics = self._requests[part.sequence_id.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+
+    def _fail(self, batch: Batch, error: Exception) -> list[TokenEvent]:
+        logger.error("step %d failed", batch.step, exc_info=error)
+        return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+
+    def _forget_if_finished(self, request: Request) -> None:
+        if request.finished and request.metrics.finish_time is None:
+            request.metrics.finish_time = self.clock()
+            self._requests.pop(request.id, None)
+
+    def _checked_prompt(self, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
+        prompt = tuple(prompt_token_ids)
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one token")
+        for token in prompt:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"{token!r} in the prompt is no token id of this model "
+                    f"(0 to {self.vocab_size - 1})"
+                )
+        return prompt
+
+    def _checked_length(self, num_prompt: int, params: SamplingParams) -> int:
+        """Tokens that a request may generate."""
+        limit = self.scheduler.max_model_len
+        if num_prompt >= limit:
+            raise RequestTooLongError(
+                f"the prompt has {num_prompt} tokens and leaves no room for an answer within "
+                f"max_model_len = {limit}: shorten it or raise --max-model-len"
+            )
+        max_output = limit - num_prompt if params.max_tokens is None else params.max_tokens
+        if num_prompt + max_output > limit:
+            raise RequestTooLongError(
+                f"{num_prompt} prompt tokens + max_tokens {max_output} are more than "
+                f"max_model_len = {limit}: lower max_tokens or raise --max-model-len"
+            )
+        if params.min_tokens > max_output:
+            raise RequestError(f"min_tokens {params.min_tokens} is more than {max_output} allowed")
+        if not self.kv.fits_ever(num_prompt + max_output):
+            slots = self.kv.config.num_blocks * self.kv.config.block_size
+            raise RequestTooLongError(
+                f"{num_prompt} prompt tokens + {max_output} output tokens do not fit into the KV "
+                f"pool of {slots} slots even alone: raise --kv-memory or lower max_tokens"
+            )
+        return max_output
+
+
+__all__ = ["EngineCore", "Runner", "Status", "StepRecord"]

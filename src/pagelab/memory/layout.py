@@ -1,0 +1,55 @@
+"""How many bytes K/V takes: asked here, multiplied out nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagelab.errors import InsufficientMemoryError, UnsupportedModelError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The geometry of one group of layers' K/V.
+
+    One block of one layer, as tensors are laid out (`execution.kv_cache`)::
+
+        [K|V, kv_head, slot in block, head_dim]
+
+    A block id means the same block in every layer of the group.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise UnsupportedModelError(f"K/V in {self.dtype}: use one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token, all layers of the group."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block, all layers of the group."""
+        return self.block_size * self.bytes_per_token
+
+    def num_blocks(self, kv_memory: int) -> int:
+        """Whole blocks that fit into a budget of bytes.
+
+        Raises:
+            InsufficientMemoryError: not even one fits.
+        """
+        blocks = kv_memory // self.bytes_per_block
+        if blocks == 0:
+            raise InsufficientMemoryError(
+                f"the KV budget of {kv_memory:,} bytes holds no block of {self.block_size} tokens "
+                f"({self.bytes_per_block:,} bytes each): raise --kv-memory or lower --block-size"
+            )
+        return blocks

@@ -1,0 +1,159 @@
+"""The state of every slot of the pool, at every step.
+
+::
+
+    pool = live + unwritten + cached + free + external
+                  └ reserved + internal, once the allocation has ended
+
+A slot is counted in exactly one state. `Ledger.take` looks at the pool now; `LedgerRecorder`
+keeps the series of a run and splits `unwritten` when each allocation ends, since only then it is
+known which of its empty slots were going to be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pagelab.memory.kv_manager import KVManager
+from pagelab.types import BlockId, SequenceId
+
+
+class LedgerEntry(NamedTuple):
+    """Slots by state at one moment. All but `shared_saved` add up to the pool."""
+
+    live: int
+    unwritten: int
+    cached: int
+    free: int
+    external: int
+    shared_saved: int  # slots that would be live too if no block were shared
+
+    @property
+    def pool(self) -> int:
+        """All slots."""
+        return self.live + self.unwritten + self.cached + self.free + self.external
+
+
+def take_ledger(kv: KVManager, waiting_blocks: int | None) -> LedgerEntry:
+    """Count the slots of the pool by state.
+
+    Args:
+        kv: whose pool.
+        waiting_blocks: blocks that the request at the head of the queue needs for its
+            admission; None when nothing waits.
+    """
+    size, pool = kv.config.block_size, kv.pool
+    held = written = 0
+    for _, table in kv.tables():
+        held += len(table.block_ids) * size - table.num_written
+        written += table.num_written
+    small = 0 if waiting_blocks is None else pool.placement.num_in_small_holes(waiting_blocks)
+    return LedgerEntry(
+        live=pool.num_live_slots,
+        unwritten=held,
+        cached=pool.num_cached * size,
+        free=(pool.placement.num_free - small) * size,
+        external=(pool.placement.num_rounding + small) * size,
+        shared_saved=written - pool.num_live_slots,
+    )
+
+
+@dataclass(slots=True)
+class LedgerColumns:
+    """The ledger of a run, one entry a step; see `pagelab.results.Steps`."""
+
+    live: list[int]
+    reserved: list[int]
+    internal: list[int]
+    cached: list[int]
+    free: list[int]
+    external: list[int]
+    shared_saved: list[int]
+
+
+FREE, CACHED = -1, -2
+"""Holders of a block in block events, besides request indices."""
+
+
+class LedgerRecorder:
+    """Records the ledger and the holders of blocks, step by step.
+
+    Call `record` after each step and `finish` at the end. An allocation is followed from the
+    first step that sees it to the first one that does not; its empty slots at a step are then
+    `reserved` as far as they were written in the end, and `internal` beyond that::
+
+        slots of one allocation   | written now | written later | never written |
+                                      live          reserved         internal
+
+    Costs O(sequences) a step, and O(held blocks) in steps in which holders changed.
+    """
+
+    def __init__(self, kv: KVManager, holder_of: Callable[[SequenceId], int]) -> None:
+        """`holder_of` names a sequence in block events (say, the index of its request)."""
+        self._kv = kv
+        self._holder_of = holder_of
+        self._entries: list[LedgerEntry] = []
+        self._reserved: list[int] = []
+        # open allocations: (step, slots held, slots written) at every step so far
+        self._open: dict[SequenceId, list[tuple[int, int, int]]] = {}
+        self._holders: dict[BlockId, int] = {}
+        self._version = -1
+        self.block_events: list[tuple[int, int, int]] = []  # (step, block, holder)
+
+    def record(self, waiting_blocks: int | None, released: Mapping[SequenceId, int]) -> LedgerEntry:
+        """Record one step.
+
+        Args:
+            waiting_blocks: see `take_ledger`.
+            released: sequences whose blocks were released since the last record (even if they
+                have been admitted anew: a preemption ends an allocation), with the slots that
+                were written by then.
+        """
+        step = len(self._entries)
+        entry = take_ledger(self._kv, waiting_blocks)
+        self._entries.append(entry)
+        self._reserved.append(0)
+        for sequence_id, num_written in released.items():
+            self._close(sequence_id, num_written)
+        size = self._kv.config.block_size
+        for sequence_id, table in self._kv.tables():
+            spans = self._open.setdefault(sequence_id, [])
+            spans.append((step, len(table.block_ids) * size, table.num_written))
+        if self._kv.pool.version != self._version:
+            self._version = self._kv.pool.version
+            self._record_holders(step)
+        return entry
+
+    def finish(self) -> LedgerColumns:
+        """Close what is still open and return the columns."""
+        for sequence_id, spans in list(self._open.items()):
+            self._close(sequence_id, spans[-1][2])
+        entries, reserved = self._entries, self._reserved
+        return LedgerColumns(
+            live=[e.live for e in entries],
+            reserved=list(reserved),
+            internal=[e.unwritten - r for e, r in zip(entries, reserved, strict=True)],
+            cached=[e.cached for e in entries],
+            free=[e.free for e in entries],
+            external=[e.external for e in entries],
+            shared_saved=[e.shared_saved for e in entries],
+        )
+
+    def _close(self, sequence_id: SequenceId, finally_written: int) -> None:
+        for step, held, written in self._open.pop(sequence_id, ()):
+            self._reserved[step] += min(finally_written, held) - written
+
+    def _record_holders(self, step: int) -> None:
+        holders: dict[BlockId, int] = dict.fromkeys(self._kv.pool.cached_blocks(), CACHED)
+        for sequence_id, table in self._kv.tables():
+            holder = self._holder_of(sequence_id)
+            for block_id in table.block_ids:
+                holders.setdefault(block_id, holder)  # a shared block shows its first holder
+        for block_id in self._holders.keys() - holders.keys():
+            self.block_events.append((step, block_id, FREE))
+        for block_id, holder in holders.items():
+            if self._holders.get(block_id) != holder:
+                self.block_events.append((step, block_id, holder))
+        self._holders = holders

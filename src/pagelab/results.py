@@ -1,0 +1,358 @@
+"""`results.json`: the record of one experiment. Every figure in a report comes from it.
+
+The types below are the schema (version 1); `docs/results-schema.json` is generated from them and
+`load_results` validates against them. Times are seconds, sizes bytes, KV amounts slots (one slot
+holds one token's K/V in every layer), unless a name says otherwise.
+
+::
+
+    Results
+    ├── environment            what it ran on (see `pagelab check --json`)
+    ├── experiment             what was asked: model, budget, workloads, sampling
+    ├── runs[]                 one per method and repeat, each from a process of its own
+    │   ├── startup, snapshots, memory
+    │   └── workloads[]        one per workload
+    │       ├── requests[]     tokens and times
+    │       ├── steps          columns: the ledger, running, waiting, at every step
+    │       └── block_events   who took and gave back which blocks, for the block map
+    ├── summary[]              per method and workload: figures over the repeats
+    ├── equality[]             greedy outputs against the reference method's
+    └── analysis[]             findings computed from the figures above
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 (pydantic needs these before 3.12)
+
+from pagelab.errors import ReportError
+
+SCHEMA = "pagelab.results"
+VERSION = 1
+
+Status = Literal["ok", "failed", "unavailable", "interrupted"]
+Phase = Literal["traditional", "paged"]
+
+
+class ModelInfo(TypedDict):
+    """The model of an experiment."""
+
+    name: str
+    source: str  # where its files came from
+    architecture: str
+    num_parameters: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    kv_bytes_per_token: int  # in this experiment's dtype
+
+
+class RequestInfo(TypedDict):
+    """One request as it was asked."""
+
+    id: str
+    prompt: str | None  # its text, shortened for display
+    prompt_tokens: int
+    max_tokens: int
+
+
+class WorkloadInfo(TypedDict):
+    """One workload as it was asked."""
+
+    name: str  # prompts, mixed, large
+    title: str  # a sentence for people
+    requests: list[RequestInfo]
+
+
+class ExperimentInfo(TypedDict):
+    """What was asked."""
+
+    command: str  # the command line that repeats it
+    model: ModelInfo
+    dtype: str
+    kv_memory_bytes: int
+    block_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    watermark: float
+    repeats: int
+    seed: int
+    threads: int
+    sampling: str  # "greedy, end-of-sequence ignored"
+    workloads: list[WorkloadInfo]
+
+
+class Startup(TypedDict):
+    """Where the time before the first measured request went."""
+
+    import_s: float
+    load_s: float
+    warmup_s: float
+
+
+class KVCapacity(TypedDict):
+    """What a method made of the KV budget."""
+
+    bytes: int  # K/V bytes it may hold or has allocated
+    slots: int
+    num_blocks: int | None  # None: the method has no blocks
+    block_size: int | None
+    note: str  # e.g. "2 rows of 2048 slots", "grows by concatenation"
+
+
+class Snapshot(TypedDict):
+    """Memory at a named stage."""
+
+    label: str  # start, model loaded, warmed up, mixed: request 3 done, mixed: batch complete
+    t: float
+    rss_bytes: int  # of the method's process and its children
+    device_bytes: int | None  # NVML per process, or torch's allocator; None without a GPU
+    kv_allocated_bytes: int  # slots in allocations, in bytes
+    kv_live_bytes: int  # slots that hold a token's K/V, in bytes
+
+
+class MemorySamples(TypedDict):
+    """Memory by continuous sampling from outside, columns."""
+
+    t: list[float]
+    rss_bytes: list[int]
+    device_bytes: list[int] | None
+    source: str  # "psutil, children included", "NVML per process", …
+
+
+class RequestResult(TypedDict):
+    """One request as it went. Times count from the workload's start."""
+
+    id: str
+    output_token_ids: list[int]
+    finish_reason: str  # stop, length, cancelled, error
+    error: NotRequired[str]
+    arrival_s: float
+    first_scheduled_s: float
+    first_token_s: float
+    finish_s: float
+    token_times_s: list[float]
+    cached_tokens: int
+    preemptions: int
+    recomputed_tokens: int
+
+
+class Steps(TypedDict):
+    """Columns over the steps of a workload, one entry a step; slots add up to the capacity.
+
+    live + reserved + internal + cached + free + external == pool
+    """
+
+    t: list[float]  # at the end of the step
+    new_tokens: list[int]
+    running: list[int]
+    waiting: list[int]
+    live: list[int]
+    reserved: list[int]  # unwritten, and written before its allocation was released
+    internal: list[int]  # unwritten, and never written
+    cached: list[int]
+    free: list[int]
+    external: list[int]
+    shared_saved: list[int]  # slots that sharing saves; not part of the sum
+
+
+class LedgerSummary(TypedDict):
+    """Shares of the pool (0..1), weighted by time, while requests were running."""
+
+    live: float
+    reserved: float
+    internal: float
+    cached: float
+    free: float
+    external: float
+    mean_running: float
+    peak_running: int
+    peak_live_slots: int
+    peak_allocated_slots: int
+
+
+class Preemption(TypedDict):
+    """A running request that gave its blocks back."""
+
+    step: int
+    request: str
+    tokens: int  # computed tokens that were thrown away
+
+
+class WorkloadRun(TypedDict):
+    """One workload under one method."""
+
+    name: str
+    duration_s: float
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    requests: list[RequestResult]
+    steps: Steps
+    ledger: LedgerSummary
+    # [step, block_id, holder]: from this step on the block is held by request index `holder`
+    # (into requests), -1: free, -2: cached. Everything is free before the first event.
+    block_events: list[tuple[int, int, int]]
+    preemptions: list[Preemption]
+    prefix_queries: int  # tokens looked up
+    prefix_hits: int
+
+
+class MethodRun(TypedDict):
+    """One method, once, in a process of its own."""
+
+    method: str  # hf-generate, hf-static, pagelab
+    label: str  # unique: "hf-generate", "pagelab contiguous-max", "pagelab paged"
+    phase: Phase
+    allocator: str | None
+    repeat: int
+    status: Status
+    reason: str | None  # why not ok, for people
+    pid: int | None
+    startup: Startup | None
+    kv: KVCapacity | None
+    snapshots: list[Snapshot]
+    memory: MemorySamples | None
+    peak_rss_bytes: int | None
+    peak_device_bytes: int | None
+    workloads: list[WorkloadRun]
+
+
+class Spread(TypedDict):
+    """A figure over the repeats."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Summary(TypedDict):
+    """One method on one workload, over its repeats. Formulas: docs/metrics.md."""
+
+    label: str
+    workload: str
+    repeats: int
+    duration_s: Spread
+    output_tokens_per_s: Spread
+    ttft_mean_s: Spread
+    ttft_p95_s: Spread
+    itl_mean_s: Spread
+    itl_p95_s: Spread
+    tpot_mean_s: Spread
+    e2e_mean_s: Spread
+    mean_running: Spread
+    peak_rss_bytes: Spread
+    live_share: Spread  # of the pool, time-weighted
+
+
+class Difference(TypedDict):
+    """Where a request's output first differs from the reference's."""
+
+    request: str
+    position: int
+    reference_token: int | None
+    token: int | None
+
+
+class Equality(TypedDict):
+    """Greedy outputs of one method against the reference method's."""
+
+    workload: str
+    reference: str
+    label: str
+    equal: int
+    total: int
+    differences: list[Difference]
+
+
+class Finding(TypedDict):
+    """A conclusion, computed: the figures that it rests on are beside it."""
+
+    workload: str | None
+    verdict: Literal["better", "worse", "same", "info"]  # paging against what it is compared with
+    text: str
+    figures: dict[str, float]
+
+
+class Results(TypedDict):
+    """The whole file."""
+
+    schema: str
+    version: int
+    created: str  # ISO 8601
+    pagelab_version: str
+    complete: bool
+    note: str | None  # why it is not complete
+    environment: dict[str, Any]
+    experiment: ExperimentInfo
+    runs: list[MethodRun]
+    summary: list[Summary]
+    equality: list[Equality]
+    analysis: list[Finding]
+
+
+def load_results(path: Path) -> Results:
+    """Read and validate a results file.
+
+    Raises:
+        ReportError: it cannot be read, is not a results file, or is of another version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ReportError(f"{path} is not a results file of `pagelab compare`")
+    if data.get("version") != VERSION:
+        raise ReportError(
+            f"{path} has version {data.get('version')} of the results schema; "
+            f"this PageLab reads version {VERSION}"
+        )
+    from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
+
+    try:
+        return cast("Results", TypeAdapter(Results).validate_python(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ReportError(f"{path} is damaged at {where}: {first['msg']}") from error
+
+
+def write_text_safely(path: Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary one beside it, then renamed.
+
+    Raises:
+        ReportError: it cannot be written; names the path and the reason (a full disk, say).
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ReportError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Write a results file.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    write_text_safely(path, json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")

@@ -1,0 +1,318 @@
+"""Who runs in the next step, with how many tokens.
+
+There is no prefill phase and no decode phase: every running sequence has tokens whose K/V is
+not computed yet, and a step computes some of them within one token budget. Whole prompts,
+chunks of prompts, single tokens and recompute after a preemption are the same thing.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping
+from operator import attrgetter
+
+from pagelab.config import SchedulerConfig
+from pagelab.memory.kv_manager import KVManager
+from pagelab.scheduling.batch import Batch, ScheduledSequence, StepResult
+from pagelab.scheduling.sequence import (
+    PreemptionRecord,
+    Request,
+    Sequence,
+    Status,
+    TokenEvent,
+)
+from pagelab.types import FinishReason, SampledToken, SequenceId
+
+_BY_PRIORITY = attrgetter("priority_key")
+
+
+class Scheduler:
+    """First come, first served within a priority; memory is given out by the KV manager.
+
+    A step is made in two passes::
+
+        running   oldest first: each gets tokens while the budget lasts. If the blocks for them
+                  are not there, the latest running sequence is preempted: it gives its blocks
+                  back and will be recomputed.
+        waiting   in order, while budget, places and blocks last. The head of the queue is never
+                  overtaken.
+
+    The oldest sequence always gets its blocks in the end, so every request finishes.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, kv: KVManager, eos_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        self.config = config
+        self.kv = kv
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.running: list[Sequence] = []  # by priority key
+        self.waiting: list[Sequence] = []  # by priority key
+        self.preemptions: list[PreemptionRecord] = []
+        self._in_flight: dict[SequenceId, Sequence] = {}  # with a step that is not collected
+        self._released: dict[SequenceId, int] = {}
+        self._step = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a sequence may reach."""
+        return self.kv.config.max_model_len
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence runs, waits, or is in a step that is not collected."""
+        return bool(self.running or self.waiting or self._in_flight)
+
+    @property
+    def waiting_blocks(self) -> int | None:
+        """Blocks that the head of the queue needs for its admission; None if nobody waits."""
+        if not self.waiting:
+            return None
+        head = self.waiting[0]
+        return self.kv.blocks_to_admit(head.demand(head.num_tokens, self.max_model_len))
+
+    # In and out
+
+    def add(self, request: Request) -> None:
+        """Put a request's sequences into the queue.
+
+        Where blocks can be shared, the parallel samples wait until the first one has computed
+        the prompt, and then fork from it.
+        """
+        for index in range(request.params.n):
+            sequence = Sequence(
+                SequenceId(request.id, index),
+                request,
+                list(request.prompt_token_ids),
+                request.num_prompt_tokens,
+            )
+            request.sequences.append(sequence)
+            if index > 0 and not self.kv.allocator.contiguous:
+                sequence.status = Status.FORKING
+            else:
+                insort(self.waiting, sequence, key=_BY_PRIORITY)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence now. Its blocks are free once no step in flight uses them."""
+        if sequence.status is Status.FINISHED:
+            return
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        sequence.error = error
+        self._release_when_idle(sequence)
+        if sequence.id.index == 0:
+            self._start_forks(sequence.request)
+
+    def take_released(self) -> Mapping[SequenceId, int]:
+        """Sequences whose blocks were released since the last call → slots written by then."""
+        released, self._released = self._released, {}
+        return released
+
+    # One step
+
+    def schedule(self) -> Batch | None:
+        """Plan the next step; None when nothing can be scheduled."""
+        scheduled: list[ScheduledSequence] = []
+        budget = self.config.max_num_batched_tokens
+        preemptions = len(self.preemptions)
+        for sequence in list(self.running):
+            count = min(sequence.num_schedulable, budget)
+            if count > 0 and sequence.status is Status.RUNNING and self._hold(sequence, count):
+                scheduled.append(self._scheduled(sequence, count))
+                budget -= count
+        while budget > 0 and self.waiting and len(self.running) < self.config.max_num_seqs:
+            # who was just preempted may not take the blocks that it gave
+            if len(self.preemptions) > preemptions or not self._admit(self.waiting[0]):
+                break
+            sequence = self.waiting.pop(0)
+            sequence.status = Status.RUNNING
+            insort(self.running, sequence, key=_BY_PRIORITY)
+            count = min(sequence.num_schedulable, budget)
+            scheduled.append(self._scheduled(sequence, count))
+            budget -= count
+        if not scheduled:
+            return None
+        batch = Batch(self._step, tuple(scheduled), self.kv.take_copies())
+        self._step += 1
+        return batch
+
+    def update(self, batch: Batch, result: StepResult) -> list[TokenEvent]:
+        """Take a step's result in: tokens, ends, errors. Steps come back in order."""
+        events: list[TokenEvent] = []
+        for part in batch.sequences:
+            sequence = self._take_back(part)
+            if sequence.status is Status.FINISHED:
+                self._release_when_idle(sequence)
+                continue
+            error = result.errors.get(part.sequence_id)
+            if error is not None:
+                self.finish(sequence, FinishReason.ERROR, error)
+                events.append(TokenEvent(sequence, None, FinishReason.ERROR))
+                continue
+            sequence.num_computed = part.end
+            sequence.max_computed = max(sequence.max_computed, part.end)
+            self.kv.commit(sequence.id, part.end, sequence.token_ids)
+            if part.samples:
+                events.append(self._append(sequence, result.sampled[part.sequence_id]))
+            if sequence.status is Status.PREEMPTED:
+                self._release_when_idle(sequence)
+            if sequence.id.index == 0:
+                self._start_forks(sequence.request)
+        return events
+
+    def fail(
+        self, batch: Batch, error: str, reason: FinishReason = FinishReason.ERROR
+    ) -> list[TokenEvent]:
+        """End every sequence of a step that failed; all others go on."""
+        events = []
+        for part in batch.sequences:
+            sequence = self._take_back(part)
+            if sequence.status is Status.FINISHED:
+                self._release_when_idle(sequence)
+            else:
+                self.finish(sequence, reason, error)
+                events.append(TokenEvent(sequence, None, reason))
+        return events
+
+    def check_invariants(self) -> None:
+        """Assert that queues, sequences and memory agree."""
+        self.kv.check_invariants()
+        assert self.running == sorted(self.running, key=_BY_PRIORITY)
+        assert self.waiting == sorted(self.waiting, key=_BY_PRIORITY)
+        assert all(s.status is Status.RUNNING for s in self.running)
+        assert all(s.status is Status.WAITING for s in self.waiting)
+        assert len(self.running) <= self.config.max_num_seqs
+        holders = {sequence_id for sequence_id, _ in self.kv.tables()}
+        assert holders == {s.id for s in self.running} | self._in_flight.keys()
+        for sequence_id, table in self.kv.tables():
+            sequence = self._in_flight.get(sequence_id)
+            if sequence is not None and sequence.status is Status.RUNNING:
+                assert sequence.num_computed == table.num_written
+                assert sequence.start <= len(table.block_ids) * self.kv.config.block_size
+
+    # Its parts
+
+    def _hold(self, sequence: Sequence, count: int) -> bool:
+        """Get the blocks for `count` more tokens, preempting later sequences where needed."""
+        demand = sequence.demand(sequence.start + count, self.max_model_len)
+        while not self.kv.hold(sequence.id, sequence.start, demand):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence or victim.num_in_flight > 0:
+                return False  # in flight: its blocks come with a later step
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.status = Status.PREEMPTED
+        self.preemptions.append(PreemptionRecord(self._step, sequence.id, sequence.num_computed))
+        sequence.request.metrics.num_preemptions += 1
+        self._release_when_idle(sequence)
+
+    def _release_when_idle(self, sequence: Sequence) -> None:
+        """Blocks that a step in flight uses are not reused before it is collected."""
+        if sequence.num_in_flight > 0:
+            return
+        if self.kv.holds(sequence.id):
+            self._released[sequence.id] = self.kv.release(sequence.id)
+        if sequence.status is Status.PREEMPTED:
+            sequence.num_computed = 0
+            sequence.status = Status.WAITING
+            insort(self.waiting, sequence, key=_BY_PRIORITY)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        demand = sequence.demand(sequence.num_tokens, self.max_model_len)
+        parent = sequence.request.sequences[0]
+        shared = sequence.request.num_prompt_tokens - 1  # the last one is computed, to sample
+        if (
+            sequence is not parent
+            and not self.kv.allocator.contiguous
+            and sequence.num_output_tokens == 0
+            and shared > 0
+            and parent.status is Status.RUNNING
+            and parent.num_computed > shared
+        ):
+            if not self.kv.fork(parent.id, sequence.id, shared, demand):
+                return False
+            num_cached = shared
+        else:
+            cached = self.kv.admit(sequence.id, demand, sequence.token_ids)
+            if cached is None:
+                return False
+            num_cached = cached
+        sequence.num_computed = num_cached
+        metrics = sequence.request.metrics
+        if sequence.max_computed > 0:
+            metrics.num_recomputed_tokens += max(0, sequence.max_computed - num_cached)
+        elif sequence is parent:
+            metrics.num_cached_tokens = num_cached
+        return True
+
+    def _scheduled(self, sequence: Sequence, count: int) -> ScheduledSequence:
+        request, start = sequence.request, sequence.start
+        num_tokens = sequence.num_tokens + sequence.num_pending
+        samples = start + count == num_tokens
+        output_index = num_tokens - sequence.num_prompt_tokens
+        suppressed: tuple[int, ...] = ()
+        if samples and output_index < request.params.min_tokens:
+            suppressed = (*self.eos_token_ids, *request.params.stop_token_ids)
+        part = ScheduledSequence(
+            sequence_id=sequence.id,
+            start=start,
+            num_tokens=count,
+            token_ids=tuple(sequence.token_ids[start : start + count]),
+            block_ids=self.kv.block_ids(sequence.id),
+            samples=samples,
+            position_seed=(request.seed + sequence.id.index, output_index),
+            params=request.params,
+            suppressed=suppressed,
+        )
+        sequence.num_in_flight += count
+        sequence.num_pending += samples
+        self._in_flight[sequence.id] = sequence
+        return part
+
+    def _take_back(self, part: ScheduledSequence) -> Sequence:
+        sequence = self._in_flight[part.sequence_id]
+        sequence.num_in_flight -= part.num_tokens
+        sequence.num_pending -= part.samples
+        if sequence.num_in_flight == 0:
+            del self._in_flight[part.sequence_id]
+        return sequence
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
+        sequence.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            sequence.logprobs.append(token.logprobs)
+        reason = self._finish_reason(sequence, token.token_id)
+        if reason is not None:
+            self.finish(sequence, reason)
+        return TokenEvent(sequence, token, reason)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.request.params
+        num_output = sequence.num_output_tokens
+        if num_output >= params.min_tokens:
+            if token_id in self.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP
+        if num_output >= sequence.request.max_output_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _start_forks(self, request: Request) -> None:
+        """Let parallel samples in once their prompt is computed (or never will be)."""
+        if len(request.sequences) == 1:
+            return
+        first = request.sequences[0]
+        if first.num_computed < request.num_prompt_tokens and first.status is not Status.FINISHED:
+            return
+        for sequence in request.sequences[1:]:
+            if sequence.status is Status.FORKING:
+                sequence.status = Status.WAITING
+                insort(self.waiting, sequence, key=_BY_PRIORITY)

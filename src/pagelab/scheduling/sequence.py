@@ -1,0 +1,150 @@
+"""Requests and the sequences they own: progress, and nothing about memory or tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from pagelab.memory.allocators import Demand
+from pagelab.types import (
+    FinishReason,
+    RequestId,
+    RequestMetrics,
+    SampledToken,
+    SamplingParams,
+    SequenceId,
+    TokenLogprobs,
+)
+
+
+class Status(Enum):
+    """Where a sequence is.
+
+    ::
+
+        FORKING ──▶ WAITING ──▶ RUNNING ──▶ FINISHED
+                       ▲           │
+                       └ PREEMPTED ┘   (its steps in flight come back first)
+    """
+
+    FORKING = auto()  # a parallel sample that waits for its prompt to be computed once
+    WAITING = auto()
+    RUNNING = auto()
+    PREEMPTED = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence: tokens, and how far their K/V is computed.
+
+    ::
+
+        tokens   | prompt ················| output ·····| pending
+                 0      num_computed          num_tokens
+                             └ num_in_flight ┘
+
+    `pending` tokens are sampled by steps in flight: they exist, their ids are not known yet.
+    What a step may schedule is `num_tokens + num_pending - num_computed - num_in_flight`;
+    whether that is called prefill, decode or recompute makes no difference.
+    """
+
+    id: SequenceId
+    request: Request
+    token_ids: list[int]
+    num_prompt_tokens: int
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    num_in_flight: int = 0
+    num_pending: int = 0
+    max_computed: int = 0  # the most that was ever computed: what a preemption makes us redo
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens whose ids are known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        """Generated tokens."""
+        return tuple(self.token_ids[self.num_prompt_tokens :])
+
+    @property
+    def start(self) -> int:
+        """Position of the next token to schedule."""
+        return self.num_computed + self.num_in_flight
+
+    @property
+    def num_schedulable(self) -> int:
+        """Tokens that a step could compute now."""
+        num_tokens = len(self.token_ids) + self.num_pending
+        if num_tokens - self.num_prompt_tokens >= self.request.max_output_tokens:
+            return 0  # everything that it may still yield is in flight
+        return num_tokens - self.num_computed - self.num_in_flight
+
+    @property
+    def priority_key(self) -> tuple[int, int, int]:
+        """Order of service: lower first; the last of the running ones is preempted first."""
+        return (self.request.priority, self.request.arrival_index, self.id.index)
+
+    def demand(self, num_tokens: int, max_model_len: int) -> Demand:
+        """What the allocator may know when it has to hold `num_tokens` tokens."""
+        prompt = self.num_prompt_tokens
+        return Demand(prompt, num_tokens, prompt + self.request.max_output_tokens, max_model_len)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.id}, {self.status.name}, computed {self.num_computed}"
+            f"+{self.num_in_flight} of {self.num_tokens}+{self.num_pending})"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt, how to continue it, and the sequences that do so."""
+
+    id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_output_tokens: int  # params.max_tokens, or what the model's length leaves
+    seed: int  # params.seed, or one drawn for this request
+    arrival_index: int
+    metrics: RequestMetrics
+    priority: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its sequences have ended."""
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+
+class TokenEvent(NamedTuple):
+    """One sequence's news of a step: a token, an end, or both."""
+
+    sequence: Sequence
+    token: SampledToken | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionRecord:
+    """Who was preempted, when, and what it cost."""
+
+    step: int
+    sequence_id: SequenceId
+    num_tokens: int  # computed tokens whose K/V was thrown away

@@ -1,0 +1,198 @@
+"""The words that every room shares: ids, sampling parameters, what a request gives back.
+
+Plain data without torch, picklable, so that it can cross a process boundary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, NewType
+
+from pagelab.errors import RequestError
+
+BlockId = NewType("BlockId", int)
+"""Index of a block in the pool; its slots are `block_id * block_size + offset`."""
+
+RequestId = NewType("RequestId", str)
+
+
+class SequenceId(NamedTuple):
+    """One of the `n` sequences that a request owns."""
+
+    request_id: RequestId
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.request_id}#{self.index}"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # end of sequence, a stop id or a stop string
+    LENGTH = "length"  # max_tokens, or the model's own length
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop. Checked when constructed.
+
+    Attributes:
+        max_tokens: tokens to generate at most; None means up to the model's length.
+        min_tokens: end-of-sequence and stop conditions are ignored before this many tokens.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this.
+        min_p: drop tokens less probable than this fraction of the most probable one.
+        seed: the same request with the same seed gives the same tokens, whatever else is in its
+            batch; None draws one.
+        n: parallel samples of the prompt.
+        stop: strings that end a sequence; the text stops before the match.
+        stop_token_ids: tokens that end a sequence, besides the model's own.
+        ignore_eos: go on past end-of-sequence until `max_tokens` (for timing).
+        logprobs: with each token, the log probabilities of this many most probable tokens
+            (0: of the chosen one only); None: no log probabilities. They are the model's own,
+            before temperature and filters.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: SequenceOf[str] = ()
+    stop_token_ids: SequenceOf[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.max_tokens is not None:
+            _require_int("max_tokens", self.max_tokens, at_least=1)
+        _require_int("min_tokens", self.min_tokens, at_least=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}"
+            )
+        _require_number("temperature", self.temperature, 0.0, math.inf)
+        _require_int("top_k", self.top_k, at_least=0)
+        _require_number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p must be above 0 (1 keeps every token)")
+        _require_number("min_p", self.min_p, 0.0, 1.0)
+        _require_int("n", self.n, at_least=1)
+        if self.seed is not None:
+            _require_int("seed", self.seed, at_least=None)
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, at_least=0)
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError("stop must be non-empty strings")
+        for token in self.stop_token_ids:
+            _require_int("stop_token_ids", token, at_least=0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0.0
+
+
+def _require_int(name: str, value: object, *, at_least: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a whole number, not {value!r}")
+    if at_least is not None and value < at_least:
+        raise RequestError(f"{name} must be at least {at_least}, not {value}")
+
+
+def _require_number(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a number, not {value!r}")
+    if not (low <= value <= high) or math.isinf(value):  # NaN fails every comparison
+        bound = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise RequestError(f"{name} must be {bound} and finite, not {value}")
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one position.
+
+    `chosen` is the sampled token's; `top` holds (token id, log probability), best first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+class SampledToken(NamedTuple):
+    """What a step gives back for one sequence."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds of the engine's clock; counts of tokens.
+
+    The formulas over these are in `pagelab.metrics`.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finish_time: float | None = None
+    token_times: list[float] = field(default_factory=list)  # of the request's first sequence
+    num_cached_tokens: int = 0  # prompt tokens that a prefix hit saved, at first admission
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of the `n` results of a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request's results, in the order of its sequences."""
+
+    request_id: RequestId
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    metrics: RequestMetrics
+    finished: bool
+
+    @property
+    def text(self) -> str:
+        """The text of the first result."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token ids of the first result."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first result ended; None while it runs."""
+        return self.outputs[0].finish_reason

@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 (pydantic needs these before 3.12)
 
@@ -320,7 +321,7 @@ def load_results(path: Path) -> Results:
     from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
 
     try:
-        return cast("Results", TypeAdapter(Results).validate_python(data))
+        return TypeAdapter(Results).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -356,3 +357,14 @@ def save_results(results: Results, path: Path) -> None:
         ReportError: it cannot be written.
     """
     write_text_safely(path, json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a results file (`docs/results-schema.json`)."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Results).json_schema()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(schema(), indent=1) + "\n")

@@ -23,10 +23,10 @@ class SequenceId(NamedTuple):
     """One of the `n` sequences that a request owns."""
 
     request_id: RequestId
-    index: int
+    sample: int
 
     def __str__(self) -> str:
-        return f"{self.request_id}#{self.index}"
+        return f"{self.request_id}#{self.sample}"
 
 
 class FinishReason(StrEnum):

@@ -133,7 +133,7 @@ def test_parallel_samples_share_the_prompt_and_copy_on_write() -> None:
     )
     core.step()
     core.step()
-    tables = {s.index: t.block_ids for s, t in core.kv.tables()}
+    tables = {s.sample: t.block_ids for s, t in core.kv.tables()}
     assert tables[0][:2] == tables[1][:2] == tables[2][:2]
     assert len({tables[0][2], tables[1][2], tables[2][2]}) == 3
     assert [source for source, _ in runner.batches[1].copies] == [tables[0][2]] * 2

@@ -97,7 +97,7 @@ class EngineMachine(RuleBasedStateMachine):
         for request in self.requests:
             assert request.finished
             for sequence, tokens in zip(request.sequences, outputs(request), strict=True):
-                seed = request.seed + sequence.id.index
+                seed = request.seed + sequence.id.sample
                 expected = generate(
                     request.prompt_token_ids, request.max_output_tokens, seed, VOCAB
                 )

@@ -177,7 +177,7 @@ class EngineCore:
         now = self.clock()
         for event in events:
             request = event.sequence.request
-            if event.token is not None and event.sequence.id.index == 0:
+            if event.token is not None and event.sequence.id.sample == 0:
                 request.metrics.token_times.append(now)
             if event.token is not None and request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now

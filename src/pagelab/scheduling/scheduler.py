@@ -104,7 +104,7 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.error = error
         self._release_when_idle(sequence)
-        if sequence.id.index == 0:
+        if sequence.id.sample == 0:
             self._start_forks(sequence.request)
 
     def take_released(self) -> Mapping[SequenceId, int]:
@@ -160,7 +160,7 @@ class Scheduler:
                 events.append(self._append(sequence, result.sampled[part.sequence_id]))
             if sequence.status is Status.PREEMPTED:
                 self._release_when_idle(sequence)
-            if sequence.id.index == 0:
+            if sequence.id.sample == 0:
                 self._start_forks(sequence.request)
         return events
 
@@ -267,7 +267,7 @@ class Scheduler:
             token_ids=tuple(sequence.token_ids[start : start + count]),
             block_ids=self.kv.block_ids(sequence.id),
             samples=samples,
-            position_seed=(request.seed + sequence.id.index, output_index),
+            position_seed=(request.seed + sequence.id.sample, output_index),
             params=request.params,
             suppressed=suppressed,
         )

@@ -94,7 +94,7 @@ class Sequence:
     @property
     def priority_key(self) -> tuple[int, int, int]:
         """Order of service: lower first; the last of the running ones is preempted first."""
-        return (self.request.priority, self.request.arrival_index, self.id.index)
+        return (self.request.priority, self.request.arrival_index, self.id.sample)
 
     def demand(self, num_tokens: int, max_model_len: int) -> Demand:
         """What the allocator may know when it has to hold `num_tokens` tokens."""

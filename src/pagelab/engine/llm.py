@@ -1,0 +1,332 @@
+"""`LLM`: prompts in, texts out, on top of the step loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pagelab.config import MemoryConfig, SchedulerConfig, parse_bytes
+from pagelab.engine.core import EngineCore
+from pagelab.engine.text import TextStream
+from pagelab.errors import ConfigError, RequestError
+from pagelab.execution.loading import (
+    DeviceConfig,
+    default_kv_memory,
+    load_runner,
+    resolve_device,
+)
+from pagelab.models.fetch import resolve
+from pagelab.models.registry import load_spec, load_tokenizer
+from pagelab.models.tokenizer import Tokenizer
+from pagelab.scheduling.sequence import Request, TokenEvent
+from pagelab.types import (
+    CompletionOutput,
+    FinishReason,
+    RequestId,
+    RequestOutput,
+    SamplingParams,
+    SequenceId,
+)
+
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
+
+Message = Mapping[str, str]
+"""`{"role": "user", "content": "…"}`."""
+
+
+class LLM:
+    """A model and an engine around it.
+
+    >>> llm = LLM()                                      # doctest: +SKIP
+    >>> llm.generate("Hello!", SamplingParams(temperature=0))[0].text  # doctest: +SKIP
+
+    Args:
+        model: None for the default model; a folder, a `.gguf` file or a hub id.
+        device: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.
+        dtype: `float32`, `bfloat16`, `float16`; `auto`: float32 on a CPU, bfloat16 on a GPU.
+        kv_memory: bytes for K/V, as a number or `"256MiB"`; None: 1 GiB on a CPU, half of the
+            free memory on a GPU.
+        block_size: slots a block.
+        max_model_len: tokens a request may reach; None: the model's own maximum.
+        allocator: who gets what of the KV pool, `paged` or `contiguous-max`.
+        placement: where contiguous ranges go, `buddy` or `first-fit`.
+        prefix_caching: reuse the K/V of prefixes that were seen before.
+        watermark: share of the blocks that an admission must leave free.
+        max_num_batched_tokens: the token budget of a step.
+        max_num_seqs: sequences that run at the same time.
+        attention: `auto`, `cpu` or `reference`.
+        threads: CPU threads; None leaves torch's choice.
+        check_invariants: check the memory core after every step (slow).
+
+    Raises:
+        ModelError: the model cannot be found, read or run.
+        ConfigError: a setting that cannot work, with the option to change.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_memory: int | str | None = None,
+        block_size: int = 16,
+        max_model_len: int | None = None,
+        allocator: str = "paged",
+        placement: str = "buddy",
+        prefix_caching: bool = True,
+        watermark: float = 0.05,
+        max_num_batched_tokens: int = 512,
+        max_num_seqs: int = 256,
+        attention: str = "auto",
+        threads: int | None = None,
+        check_invariants: bool = False,
+    ) -> None:
+        self.source = resolve(model)
+        self.spec = load_spec(self.source)
+        devices = DeviceConfig(device=device, dtype=dtype, attention=attention, threads=threads)
+        self.device, self.dtype = resolve_device(devices)
+        budget = default_kv_memory(self.device) if kv_memory is None else parse_bytes(kv_memory)
+        if max_model_len is not None and max_model_len > self.spec.max_position:
+            raise ConfigError(
+                f"max_model_len {max_model_len} is more than the model's own "
+                f"{self.spec.max_position}: lower --max-model-len"
+            )
+        memory = MemoryConfig(
+            num_blocks=self.spec.kv_layout(self.dtype, block_size).num_blocks(budget),
+            block_size=block_size,
+            max_model_len=max_model_len or self.spec.max_position,
+            allocator=allocator,
+            placement=placement,
+            prefix_caching=prefix_caching,
+            watermark=watermark,
+            check_invariants=check_invariants,
+        )
+        scheduling = SchedulerConfig(
+            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
+        )
+        runner = load_runner(
+            self.source, self.spec, devices, num_blocks=memory.num_blocks, block_size=block_size
+        )
+        self.core = EngineCore(
+            runner,
+            memory,
+            scheduling,
+            vocab_size=self.spec.vocab_size,
+            eos_token_ids=self.spec.eos_token_ids,
+        )
+        self.last_output: RequestOutput | None = None  # of the stream that ended last
+        self._tokenizer: Tokenizer | None = None
+        self._texts: dict[SequenceId, TextStream] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, read when it is first used.
+
+        Raises:
+            ModelError: the model has none that can be read.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.source)
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue prompts; results come in their order.
+
+        Args:
+            prompts: one prompt or several, each a text or a list of token ids.
+            params: the same for all, or one for each; None: `SamplingParams()`.
+            progress: show a bar with rates while it runs (only on a terminal).
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served; nothing was started.
+        """
+        several = _as_prompts(prompts)
+        requests = self._add_all(several, _as_params(params, len(several)))
+        texts = [prompt if isinstance(prompt, str) else None for prompt in several]
+        try:
+            with _Bar(len(requests), progress) as bar:
+                while not all(request.finished for request in requests):
+                    bar.update(self._step())
+        finally:
+            self._drop(requests)
+        return [self._output(r, text) for r, text in zip(requests, texts, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template.
+
+        Raises:
+            RequestError: as `generate`, or the model has no chat template.
+        """
+        if not messages:
+            raise RequestError("there are no messages: give at least one")
+        one = isinstance(messages[0], Mapping)
+        conversations = [messages] if one else messages
+        prompts = [self.tokenizer.apply_chat_template(c) for c in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Continue one prompt (its first sequence), yielding text as it comes.
+
+        What a stop string might still take back is held until that is decided.
+        """
+        (request,) = self._add_all([prompt], [params or SamplingParams()])
+        text = self._texts.get(request.sequences[0].id)
+        if text is None:
+            self._drop([request])
+            raise RequestError("this model has no tokenizer: use generate() with token ids")
+        try:
+            while not request.finished:
+                self._step()
+                if delta := text.delta(finished=request.finished):
+                    yield delta
+        finally:
+            self._drop([request])
+            self.last_output = self._output(request, prompt if isinstance(prompt, str) else None)
+
+    def _add_all(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    ) -> list[Request]:
+        requests: list[Request] = []
+        try:
+            for prompt, param in zip(prompts, params, strict=True):
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                needs_text = isinstance(prompt, str) or bool(param.stop)
+                requests.append(self.core.add_request(ids, param))
+                self._open_texts(requests[-1], needs_text)
+        except BaseException:
+            self._drop(requests)
+            raise
+        return requests
+
+    def _open_texts(self, request: Request, needs_text: bool) -> None:
+        """A text for each sequence; none where token ids came in and the model has no tokenizer."""
+        try:
+            tokenizer = self.tokenizer
+        except Exception:
+            if needs_text:
+                raise
+            return
+        for sequence in request.sequences:
+            self._texts[sequence.id] = TextStream(
+                tokenizer.decode_stream(), request.params.stop, request.params.min_tokens
+            )
+
+    def _step(self) -> list[TokenEvent]:
+        events = self.core.step()
+        for event in events:
+            text = self._texts.get(event.sequence.id)
+            if text is None or event.token is None:
+                continue
+            # the end-of-sequence token that ended it is no part of the text
+            if event.finish_reason is not FinishReason.STOP:
+                text.feed(event.token.token_id)
+            if text.stopped:
+                self.core.stop(event)
+            elif event.finish_reason is not None:
+                text.finish()
+        return events
+
+    def _drop(self, requests: Sequence[Request]) -> None:
+        """Cancel what still runs (after an error or Ctrl-C)."""
+        for request in requests:
+            self.core.cancel(request.id)
+
+    def _output(self, request: Request, prompt: str | None) -> RequestOutput:
+        outputs = []
+        for sequence in request.sequences:
+            text = self._texts.pop(sequence.id, None)
+            wants_logprobs = request.params.logprobs is not None
+            outputs.append(
+                CompletionOutput(
+                    index=sequence.id.sample,
+                    text=text.text if text is not None else "",
+                    token_ids=sequence.output_token_ids,
+                    finish_reason=sequence.finish_reason,
+                    logprobs=tuple(sequence.logprobs) if wants_logprobs else None,
+                    error=sequence.error,
+                )
+            )
+        return RequestOutput(
+            request_id=RequestId(request.id),
+            prompt=prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=tuple(outputs),
+            metrics=request.metrics,
+            finished=True,
+        )
+
+
+class _Bar:
+    """Progress of `generate`: requests done, tokens a second, time left."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self._progress.disable = not enabled or not self._progress.console.is_terminal
+        self._task = self._progress.add_task("generate", total=total, rate="")
+        self._tokens = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def update(self, events: Sequence[TokenEvent]) -> None:
+        """Count a step's tokens and the requests that it ended."""
+        self._tokens += sum(event.token is not None for event in events)
+        done = {e.sequence.request.id for e in events if e.sequence.request.finished}
+        elapsed = self._progress.tasks[self._task].elapsed or 0.0
+        rate = f"{self._tokens / elapsed:,.0f} tok/s" if elapsed > 0 else ""
+        self._progress.update(self._task, advance=len(done), rate=rate)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    several = list(prompts)
+    if several and all(isinstance(item, int) for item in several):
+        return [several]  # type: ignore[list-item]
+    return several  # type: ignore[return-value]
+
+
+def _as_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters for {count} prompts")
+    return list(params)

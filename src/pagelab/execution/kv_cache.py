@@ -1,0 +1,60 @@
+"""The KV cache: the tensors behind the block ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pagelab.config import format_bytes
+from pagelab.errors import InsufficientMemoryError
+from pagelab.memory.layout import KVLayout
+from pagelab.types import BlockId
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KVCache:
+    """One tensor a layer, `[2, kv_heads, num_blocks, block_size, D]`: K at 0, V at 1.
+
+    Heads are outermost, so that one block of one head is one contiguous row of
+    `block_size · D` numbers, and gathering a context leaves it ready for a product.
+
+    Raises:
+        InsufficientMemoryError: the device cannot give that much.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        shape = (2, layout.num_kv_heads, num_blocks, layout.block_size, layout.head_dim)
+        try:
+            # zeros, not empty: attention multiplies hidden slots by 0, which a NaN survives.
+            # The system hands out zero pages when they are first touched, so it costs nothing.
+            self.layers = [
+                torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
+                for _ in range(layout.num_layers)
+            ]
+        except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
+            raise InsufficientMemoryError(
+                f"no memory for a KV pool of {format_bytes(num_blocks * layout.bytes_per_block)} "
+                f"on {device}: lower --kv-memory"
+            ) from error
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v `[T, kv_heads, D]` into these slots `[T]` of a layer."""
+        cache = self.layers[layer].view(2, self.layout.num_kv_heads, -1, self.layout.head_dim)
+        cache[0].index_copy_(1, slots, k.transpose(0, 1))
+        cache[1].index_copy_(1, slots, v.transpose(0, 1))
+
+    def copy_blocks(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Copy whole blocks (from, to), all of them as they were before the first copy."""
+        if copies:
+            source, target = (list(ids) for ids in zip(*copies, strict=True))
+            for cache in self.layers:
+                cache[:, :, target] = cache[:, :, source]
+
+    def clear_blocks(self, block_ids: Sequence[BlockId]) -> None:
+        """Zero blocks whose content must not reach anyone (a NaN survives a masked product)."""
+        for cache in self.layers:
+            cache[:, :, list(block_ids)] = 0

@@ -1,0 +1,95 @@
+"""`pagelab check`: the environment, and what will run here and what will not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pagelab.config import format_bytes
+from pagelab.models.fetch import default_model_status, model_cache
+from pagelab.telemetry import Capability, describe_environment, what_runs
+
+
+def check_environment(*, probe_torch: bool = True) -> dict[str, Any]:
+    """Everything that `pagelab check --json` prints; `runs` lists what runs and what does not.
+
+    Asking torch itself (`probe_torch`) takes some seconds. Nothing is fetched.
+    """
+    environment = describe_environment(model_cache(), probe_torch=probe_torch)
+    ready, why = default_model_status()
+    environment["default_model"] = {"ready": ready, "why": why}
+    environment["runs"] = [capability._asdict() for capability in what_runs(environment)]
+    return environment
+
+
+def render_check(environment: dict[str, Any], console: Console) -> None:
+    """Print what `check_environment` gave, as two tables."""
+    facts = Table(title="This machine", title_justify="left", show_header=False, box=None)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, text in environment_rows(environment):
+        facts.add_row(name, escape(text))
+    console.print(facts)
+    console.print()
+    table = Table(title="What runs here", title_justify="left", box=None)
+    for heading in ("", "", "why"):
+        table.add_column(heading, overflow="fold")
+    for row in environment["runs"]:
+        capability = Capability(**row)
+        mark = "[green]yes[/]" if capability.runs else "[yellow]no[/]"
+        table.add_row(f"[bold]{escape(capability.name)}[/]", mark, escape(capability.why))
+    console.print(table)
+
+
+def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """The environment as (name, text) rows."""
+    system, python, cpu = environment["os"], environment["python"], environment["cpu"]
+    memory, packages = environment["memory"], environment["packages"]
+    rows = [
+        ("PageLab", environment["pagelab"] or "not installed as a package"),
+        ("system", f"{system['name']} ({system['release']}, {system['machine']})"),
+        ("Python", f"{python['version']} ({python['implementation']}) at {python['executable']}"),
+        ("environment", python["virtual_env"] or "no virtual environment"),
+        ("torch", _torch_text(environment["torch"])),
+        *((name, packages[name] or "not installed") for name in ("transformers", "vllm")),
+        (
+            "processor",
+            f"{cpu['model']}: {cpu['cores']} cores for this process "
+            f"(of {cpu['physical_cores']}, {cpu['logical_cores']} hardware threads)",
+        ),
+        ("instructions", ", ".join(cpu["instruction_sets"]) or "no vector sets known"),
+        (
+            "memory",
+            f"{format_bytes(memory['available_bytes'])} available of "
+            f"{format_bytes(memory['total_bytes'])}"
+            + (" (container's limit)" if memory["limit_bytes"] is not None else ""),
+        ),
+    ]
+    for gpu in environment["gpus"]:
+        free, total = gpu["memory_free_bytes"], gpu["memory_total_bytes"]
+        text = f"{gpu['name']}: {format_bytes(free)} free of {format_bytes(total)}"
+        rows.append((f"GPU {gpu['index']}", text))
+    if not environment["gpus"]:
+        rows.append(("GPU", "none found"))
+    cache = environment.get("model_cache")
+    if cache is not None:
+        state = format_bytes(cache["bytes"]) if cache["exists"] else "empty"
+        rows.append(("model cache", f"{cache['path']} ({state})"))
+    return rows
+
+
+def _torch_text(torch: dict[str, Any] | None) -> str:
+    if torch is None:
+        return "not installed"
+    if "error" in torch:
+        return f"{torch['version']}, which does not work: {torch['error']}"
+    cuda = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
+    if "cuda_available" in torch:
+        cuda += ", CUDA usable" if torch["cuda_available"] else ", CUDA not usable"
+    details = [f"build {torch['build']}", cuda]
+    if "cpu_capability" in torch:
+        details.append(f"CPU kernels for {torch['cpu_capability']}")
+    return f"{torch['version']} ({', '.join(details)})"

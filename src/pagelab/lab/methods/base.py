@@ -1,0 +1,92 @@
+"""What a method is, and what it tells while it works."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pagelab.lab.protocol import Channel, Job
+from pagelab.results import KVCapacity, WorkloadRun
+from pagelab.workloads import Workload
+
+
+class Reporter:
+    """Tells the parent about progress and memory. Cheap enough to be called at every step."""
+
+    PROGRESS_EVERY_S = 0.1
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._last = 0.0
+        self._muted = False
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Tell nothing meanwhile: a warm-up is no stage of the run."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+    def stage(
+        self,
+        label: str,
+        *,
+        kv_allocated_bytes: int = 0,
+        kv_live_bytes: int = 0,
+        device_bytes: int | None = None,
+    ) -> None:
+        """A named moment, with the K/V bytes in allocations and those that hold tokens."""
+        if self._muted:
+            return
+        self._channel.send(
+            {
+                "event": "stage",
+                "label": label,
+                "t": time.time(),
+                "kv_allocated_bytes": kv_allocated_bytes,
+                "kv_live_bytes": kv_live_bytes,
+                "device_bytes": device_bytes,
+            }
+        )
+
+    def progress(self, workload: str, done: int, total: int) -> None:
+        """Output tokens so far; told a few times a second at most, and at the end."""
+        now = time.monotonic()
+        due = done >= total or now - self._last >= self.PROGRESS_EVERY_S
+        if due and not self._muted:
+            self._last = now
+            self._channel.send(
+                {"event": "progress", "workload": workload, "done": done, "total": total}
+            )
+
+
+class Method(ABC):
+    """One way of serving requests. The worker calls `setup`, `warm_up`, then `run` repeatedly.
+
+    Raise `MethodUnavailableError` from `setup` when it cannot run here, with the reason and the
+    option to change; any other exception is a failure.
+    """
+
+    def __init__(self, job: Job, reporter: Reporter) -> None:
+        self.job = job
+        self.reporter = reporter
+
+    @abstractmethod
+    def setup(self) -> KVCapacity:
+        """Load the model and lay out the K/V memory; time counts as start-up."""
+
+    @abstractmethod
+    def run(self, workload: Workload) -> WorkloadRun:
+        """Serve a workload, generating exactly `max_tokens` for each request."""
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """K/V bytes (allocated, live) now, between workloads."""
+        return 0, 0
+
+    def warm_up(self) -> None:
+        """Do everything once that is slow the first time; time counts as warm-up."""
+        self.run(self.job.warm_up)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
 import pytest
+from rich.console import Console
 
+from pagelab.errors import ModelNotFoundError
 from pagelab.lab.check import check_environment, environment_rows, render_check
 from pagelab.lab.events import Event
 from pagelab.lab.experiment import prepare, run_experiment
 from pagelab.lab.model_facts import ModelFacts, model_facts
 from pagelab.lab.settings import ExperimentSettings
+from pagelab.models.fetch import ModelSource
 from pagelab.results import MethodRun, Results, WorkloadRun, load_results
 from pagelab.workloads import Workload, WorkloadRequest
+from tests.support.tiny_models import tiny_model
 
 LABELS = ["hf-generate", "hf-static", "pagelab contiguous-max", "pagelab paged"]
 BYTES_PER_TOKEN = 512  # 2 layers, 2 K/V heads of 16, K and V, float32
@@ -70,8 +79,6 @@ def run(model: Path, out: Path, facts: ModelFacts, **options: Any) -> Results:
         workloads=("prompts",),  # replaced below
         **{"max_model_len": LENGTH, "kv_memory": 2 * LENGTH * BYTES_PER_TOKEN + 8192} | options,
     )
-    import dataclasses
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pagelab.lab.experiment.load_workload", lambda name, seed: small_workload())
         patch.setattr("pagelab.lab.experiment.random_ids", lambda workload, vocab, seed: workload)
@@ -223,18 +230,43 @@ def test_a_budget_without_a_row_makes_reserving_methods_unavailable(
     assert [(e["label"], e["equal"]) for e in results["equality"]] == [("pagelab paged", 7)]
 
 
-def test_a_missing_model_is_an_error_before_anything_runs(tmp_path: Path) -> None:
-    from pagelab.errors import ModelNotFoundError
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_padded_batches_say_the_same_in_other_families(name: str, tmp_path: Path) -> None:
+    folder = tiny_model(name)
+    facts = model_facts(str(folder), "float32")
+    assert facts.encode is not None
+    assert facts.encode("hé") == [104, 195, 169]  # no special tokens
+    bytes_per_token = facts.info["kv_bytes_per_token"]
+    results = run(folder, tmp_path, facts, kv_memory=3 * LENGTH * bytes_per_token)
+    assert [r["status"] for r in results["runs"]] == ["ok"] * 4
+    assert [(e["label"], e["equal"]) for e in results["equality"]] == [
+        (label, 7) for label in LABELS[1:]
+    ]
 
+
+@pytest.mark.default_model
+def test_the_default_experiment_is_planned_without_torch(default_model: ModelSource) -> None:
+    code = (
+        "import sys, json; from pagelab.lab.experiment import prepare;"
+        "from pagelab.lab.settings import ExperimentSettings;"
+        "plan = prepare(ExperimentSettings());"
+        "print(json.dumps([[len(r.token_ids) for r in w.requests] for w in plan.workloads]));"
+        "print(plan.kv_memory, plan.max_model_len, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lengths, figures = done.stdout.splitlines()
+    prompts, mixed = json.loads(lengths)
+    assert prompts == [2, 13, 111, 2]
+    assert sum(mixed) == 1661
+    assert figures == f"{192 << 20} 2048 False"
+
+
+def test_a_missing_model_is_an_error_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no such folder"):
         prepare(ExperimentSettings(model=str(tmp_path / "nothing")))
 
 
 def test_check_lists_this_machine_and_what_runs() -> None:
-    import io
-
-    from rich.console import Console
-
     environment = check_environment(probe_torch=False)
     names = [row["name"] for row in environment["runs"]]
     assert names == [

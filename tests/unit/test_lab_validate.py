@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.unit.test_lab_fakes import request_result, workload_run
 
 from pagelab.lab.methods.recording import StepRecorder, summarize_ledger
 from pagelab.lab.validate import problem_with
 from pagelab.results import KVCapacity, WorkloadRun
 from pagelab.workloads import Workload, WorkloadRequest
+from tests.unit.test_lab_fakes import request_result, workload_run
 
 ASKED = Workload(
     "w",

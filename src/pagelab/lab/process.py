@@ -25,7 +25,7 @@ from pagelab.lab.events import (
     WorkloadFinished,
 )
 from pagelab.lab.methods import Variant
-from pagelab.lab.protocol import PROTOCOL, Job, parse_event
+from pagelab.lab.protocol import PROTOCOL, Job, parse_event, prepare_to_parse
 from pagelab.lab.protocol import Event as Message
 from pagelab.lab.protocol import Stage as StageMessage
 from pagelab.lab.validate import problem_with
@@ -86,13 +86,13 @@ def run_method(
         try:
             _listen(child, run, ending, job, on_event, silence_timeout_s)
         except KeyboardInterrupt:
-            ending.status, ending.reason = "interrupted", "interrupted by Ctrl-C"
+            ending.status, ending.reason = "interrupted", "Ctrl-C"
         finally:
             try:
                 child.end(ask=ending.status != "ok")
             except KeyboardInterrupt:  # pressed again while it was ending
                 child.kill()
-                ending.status, ending.reason = "interrupted", "interrupted by Ctrl-C"
+                ending.status, ending.reason = "interrupted", "Ctrl-C"
     if ending.status is None:
         ending.status = "failed"
         ending.reason = _why_it_died(child, log_path)
@@ -202,6 +202,7 @@ class _Child:
         self, command: Sequence[str], job: Job, log: IO[str], sample_every_s: float
     ) -> None:
         self._log = log
+        prepare_to_parse()  # otherwise the first snapshots would wait for it
         self._started = time.time()
         # a session of its own: Ctrl-C in the terminal reaches the parent only, which decides
         self._process = subprocess.Popen(

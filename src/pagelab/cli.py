@@ -4,6 +4,7 @@ them, so that `pagelab --help` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -246,7 +247,8 @@ def compare(pause: bool, **options: Any) -> None:
 
         def wait() -> None:
             progress.close()
-            click.prompt("\nPress Enter for PagedAttention", default="", show_default=False)
+            with contextlib.suppress(EOFError):  # nobody there to press it
+                console.input("\nPress Enter for PagedAttention ")
 
         results = run_experiment(settings, progress, between_phases=wait if pause else None)
     _render(results, settings.out / RESULTS_FILE, settings.out / "report.html", console)

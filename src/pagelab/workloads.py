@@ -115,19 +115,19 @@ def seed_prompts() -> Workload:
 
 
 def mixed(seed: int = 0) -> Workload:
-    """20 requests of very different lengths.
+    """24 requests of very different lengths.
 
-    Prompts are log-uniform from 8 to 320 tokens (about 1,650 in all), outputs log-uniform from
-    8 to 80 (about 620 in all). Each length is drawn from its own twentieth of the distribution,
-    so that the totals hardly depend on the seed.
+    Prompts are log-uniform from 4 to 160 tokens (about 1,000 in all), outputs log-uniform from
+    10 to 44 (about 550 in all: the slowest method makes 10 to 15 a second). Each length is drawn
+    from its own 24th of the distribution, so that the totals hardly depend on the seed.
     """
     rng = random.Random(f"mixed/{seed}")
     return _generated(
         "mixed",
         "{n} requests of very different lengths: prompts of {i0} to {i1} tokens, "
         "outputs of {o0} to {o1}",
-        _log_uniform(rng, 20, 8, 320),
-        _log_uniform(rng, 20, 8, 80),
+        _log_uniform(rng, 24, 4, 160),
+        _log_uniform(rng, 24, 10, 44),
         rng,
     )
 

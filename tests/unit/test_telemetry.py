@@ -15,7 +15,14 @@ import psutil
 import pytest
 
 from pagelab import telemetry
-from pagelab.telemetry import MemorySampler, describe_environment, rss_bytes, what_runs
+from pagelab.telemetry import (
+    MemorySampler,
+    describe_environment,
+    machine,
+    memory,
+    rss_bytes,
+    what_runs,
+)
 
 SLEEPER = "import time; block = bytearray(60 << 20); print('ready', flush=True); time.sleep(60)"
 
@@ -66,7 +73,7 @@ def test_the_model_cache_is_measured(tmp_path: Path) -> None:
 def test_instruction_sets_by_the_spellings_of_each_system(
     flags: set[str], expected: list[str]
 ) -> None:
-    assert telemetry._known_sets(flags) == expected
+    assert machine._known_sets(flags) == expected
 
 
 def cgroup(root: Path, files: dict[str, str]) -> None:
@@ -78,10 +85,10 @@ def cgroup(root: Path, files: dict[str, str]) -> None:
 
 def test_the_tightest_cpu_quota_of_the_cgroups_above_counts(tmp_path: Path) -> None:
     cgroup(tmp_path, {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"})
-    assert telemetry._cgroup_cpus(tmp_path, "0::/a/b") == 2.0
+    assert machine._cgroup_cpus(tmp_path, "0::/a/b") == 2.0
     cgroup(tmp_path, {"a/b/cpu.max": "50000 100000"})
-    assert telemetry._cgroup_cpus(tmp_path, "0::/a/b") == 0.5
-    assert telemetry._cgroup_cpus(tmp_path, "0::/elsewhere") is None
+    assert machine._cgroup_cpus(tmp_path, "0::/a/b") == 0.5
+    assert machine._cgroup_cpus(tmp_path, "0::/elsewhere") is None
 
 
 def test_cgroups_of_version_one_are_read_too(tmp_path: Path) -> None:
@@ -97,8 +104,8 @@ def test_cgroups_of_version_one_are_read_too(tmp_path: Path) -> None:
         },
     )
     own = "4:cpu,cpuacct:/box\n7:memory:/box\n"
-    assert telemetry._cgroup_cpus(tmp_path, own) == 3.0
-    assert telemetry._cgroup_memory(tmp_path, own) == (1000, 400)
+    assert machine._cgroup_cpus(tmp_path, own) == 3.0
+    assert machine._cgroup_memory(tmp_path, own) == (1000, 400)
 
 
 def test_the_tightest_memory_limit_is_the_one_with_the_least_left(tmp_path: Path) -> None:
@@ -111,11 +118,11 @@ def test_the_tightest_memory_limit_is_the_one_with_the_least_left(tmp_path: Path
             "a/b/memory.current": "100",
         },
     )
-    assert telemetry._cgroup_memory(tmp_path, "0::/a/b") == (5000, 4900)
+    assert machine._cgroup_memory(tmp_path, "0::/a/b") == (5000, 4900)
 
 
 def test_a_memory_limit_bounds_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_cgroup_memory", lambda: (1 << 20, 1 << 19))
+    monkeypatch.setattr(machine, "_cgroup_memory", lambda: (1 << 20, 1 << 19))
     assert telemetry.ram() == {
         "total_bytes": 1 << 20,
         "available_bytes": 1 << 19,
@@ -129,8 +136,8 @@ def test_hardware_threads_are_not_cores(tmp_path: Path, monkeypatch: pytest.Monk
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 2)
-    assert telemetry._physical_cores({0, 1, 2, 3}, tmp_path) == 2
-    assert telemetry._physical_cores({0, 2}, tmp_path) == 1
+    assert machine._physical_cores({0, 1, 2, 3}, tmp_path) == 2
+    assert machine._physical_cores({0, 2}, tmp_path) == 1
 
 
 def test_what_runs_says_why_not(environment: dict[str, Any]) -> None:
@@ -287,12 +294,12 @@ def test_other_load_counts_only_when_the_machine_was_full(
     monkeypatch: pytest.MonkeyPatch, everyone: float, ours: float, expected: float
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(telemetry, "_busy_seconds", lambda: 0.0)
-    monkeypatch.setattr(telemetry, "_our_seconds", lambda: 0.0)
+    monkeypatch.setattr(memory, "_busy_seconds", lambda: 0.0)
+    monkeypatch.setattr(memory, "_our_seconds", lambda: 0.0)
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     load = telemetry.OtherLoad()
-    monkeypatch.setattr(telemetry, "_busy_seconds", lambda: everyone)
-    monkeypatch.setattr(telemetry, "_our_seconds", lambda: ours)
+    monkeypatch.setattr(memory, "_busy_seconds", lambda: everyone)
+    monkeypatch.setattr(memory, "_our_seconds", lambda: ours)
     monkeypatch.setattr("time.monotonic", lambda: 110.0)
     assert load.cores() == pytest.approx(expected)
 

@@ -53,9 +53,9 @@ def test_seeds_give_different_workloads() -> None:
 
 def test_mixed_keeps_its_first_request_across_python_versions() -> None:
     first = mixed(0).requests[0]
-    assert (first.prompt_tokens, first.max_tokens) == (143, 44)
+    assert (first.prompt_tokens, first.max_tokens) == (65, 12)
     assert first.prompt_text is not None
-    assert first.prompt_text.startswith("Tell me about the letter and the boat.")
+    assert first.prompt_text.startswith("What should we do with the heavy mirror?")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -63,15 +63,15 @@ def test_mixed_has_the_promised_lengths(seed: int) -> None:
     workload = tokenize(mixed(seed), words)
     inputs = [len(request.token_ids) for request in workload.requests]
     outputs = [request.max_tokens for request in workload.requests]
-    assert len(inputs) == 20
-    assert 8 <= min(inputs) < 12
-    assert 250 < max(inputs) <= 320
-    assert 8 <= min(outputs) < 12
-    assert 65 < max(outputs) <= 80
-    assert 1500 <= workload.prompt_tokens <= 1850
-    assert 580 <= workload.output_tokens <= 660
-    middle = sorted(inputs)[10]
-    assert abs(math.log(middle / 50.6)) < 0.25  # the geometric mean of 8 and 320
+    assert len(inputs) == 24
+    assert 4 <= min(inputs) <= 5
+    assert 130 < max(inputs) <= 160
+    assert 10 <= min(outputs) <= 11
+    assert 38 < max(outputs) <= 44
+    assert 980 <= workload.prompt_tokens <= 1040
+    assert 520 <= workload.output_tokens <= 590
+    middle = sorted(inputs)[12]
+    assert abs(math.log(middle / 25.3)) < 0.25  # the geometric mean of 4 and 160
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -99,14 +99,21 @@ class CpuAttention:
         return out
 
     def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """K and V of these blocks, `[2, kv_heads · B, keys, D]` once viewed so; in the scratch."""
+        """K and V of these blocks in the scratch: `[2 · kv_heads, blocks, block_size · D]`.
+
+        One index for each (K or V, head, block), although the blocks are the same for all
+        heads: along the first dimension torch gathers with all threads, along others with one.
+        """
         _, kv_heads, num_blocks, block_size, head_dim = cache.shape
-        shape = (2 * kv_heads, len(blocks), block_size * head_dim)
+        shape = (2 * kv_heads * len(blocks), block_size * head_dim)
         scratch = self._scratch
         if scratch.numel() < math.prod(shape) or scratch.dtype != cache.dtype:
             self._scratch = scratch = cache.new_empty(math.prod(shape))
+        heads = torch.arange(2 * kv_heads, device=cache.device)[:, None] * num_blocks
+        rows = cache.view(2 * kv_heads * num_blocks, -1)
         out = scratch[: math.prod(shape)].view(shape)
-        return torch.index_select(cache.view(2 * kv_heads, num_blocks, -1), 1, blocks, out=out)
+        torch.index_select(rows, 0, (heads + blocks).flatten(), out=out)
+        return out.view(2 * kv_heads, len(blocks), -1)
 
 
 def _decode_group(group: list[Span], block_size: int, device: torch.device) -> _DecodeGroup:

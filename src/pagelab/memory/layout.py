@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagelab.errors import InsufficientMemoryError, UnsupportedModelError
+from pagelab.errors import ConfigError, InsufficientMemoryError, UnsupportedModelError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,6 +29,8 @@ class KVLayout:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise UnsupportedModelError(f"K/V in {self.dtype}: use one of {', '.join(DTYPE_BYTES)}")
+        if self.block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, not {self.block_size}")
 
     @property
     def bytes_per_token(self) -> int:

@@ -5,7 +5,7 @@ It holds weights and nothing else: positions, K/V and the batch come in as argum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from pagelab.models.spec import ModelSpec
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`attend(layer, q, k, v)`: writes k and v into the cache and attends; see `attention.base`."""
 
-Weights = Mapping[str, torch.Tensor]
+Weights = MutableMapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class Decoder:
 
     Args:
         spec: what to build.
-        weights: in transformers' names and shapes (`models.registry.load_weights`).
+        weights: in transformers' names and shapes (`models.registry.load_weights`). Emptied, so
+            that packed and unpacked weights are never both in memory.
         dtype: what to compute in.
         device: where.
     """
@@ -53,8 +54,8 @@ class Decoder:
         self.spec = spec
         self.dtype = dtype
 
-        def get(name: str) -> torch.Tensor:
-            return weights[name].to(device=device, dtype=dtype)
+        def get(name: str) -> torch.Tensor:  # once each: what is packed is not kept as it was
+            return weights.pop(name).to(device=device, dtype=dtype)
 
         build = _gpt2_layer if spec.architecture == "gpt2" else _llama_layer
         self.layers = [build(spec, get, i) for i in range(spec.num_layers)]

@@ -118,7 +118,7 @@ def generate(prompts: tuple[str, ...], **options: Any) -> None:
     )
     if options["system"] and not options["chat"]:
         raise click.UsageError("--system needs --chat")
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
     llm = _load(options)
     tokens: list[Any] = list(texts)
     if options["chat"]:
@@ -131,6 +131,13 @@ def generate(prompts: tuple[str, ...], **options: Any) -> None:
         _stream(llm, tokens[0], params, quiet=options["quiet"])
     else:
         _print_all(llm.generate(tokens, params), texts)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"standard input is not UTF-8 text: {error}") from error
 
 
 def _load(options: dict[str, Any]) -> LLM:
@@ -157,7 +164,8 @@ def _stream(llm: LLM, prompt: Any, params: SamplingParams, *, quiet: bool) -> No
     if not quiet and output is not None:
         total = time.perf_counter() - start
         count = len(output.token_ids)
-        rate = (count - 1) / (time.perf_counter() - first) if first and count > 1 else 0.0
+        times = output.metrics.token_times
+        rate = (count - 1) / (times[-1] - times[0]) if count > 1 else 0.0
         click.echo(
             f"[{len(output.prompt_token_ids)} tokens in, {count} out ({output.finish_reason}); "
             f"first text after {(first or start) - start:.2f} s, {total:.2f} s in all, "
@@ -174,6 +182,8 @@ def _print_all(results: list[RequestOutput], texts: list[str]) -> None:
             click.echo(output.text)
             if output.error:
                 click.echo(f"error: {output.error}", err=True)
+    if any(output.error for result in results for output in result.outputs):
+        sys.exit(1)
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:

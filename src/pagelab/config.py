@@ -26,7 +26,7 @@ def parse_bytes(text: str | int) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]I?)?B?\s*", str(text).upper())
         if match is None:
             raise ConfigError(f"not a size in bytes: {text!r} (write 268435456 or 256MiB)")
-        size = int(float(match[1]) * (1 << _UNITS[match[2] or ""]))
+        size = int(min(float(match[1]), 1e15) * (1 << _UNITS[match[2] or ""]))
     if size <= 0:
         raise ConfigError(f"a size in bytes must be positive, not {text!r}")
     return size

@@ -184,7 +184,7 @@ class Preemption(TypedDict):
 
     step: int
     request: str
-    tokens: int  # computed tokens that were thrown away
+    tokens: int  # computed tokens whose blocks it gave back (the prefix cache may keep some)
 
 
 class WorkloadRun(TypedDict):

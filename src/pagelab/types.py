@@ -6,6 +6,7 @@ Plain data without torch, picklable, so that it can cross a process boundary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +18,10 @@ BlockId = NewType("BlockId", int)
 """Index of a block in the pool; its slots are `block_id * block_size + offset`."""
 
 RequestId = NewType("RequestId", str)
+
+
+MAX_SAMPLES = 1024
+"""The most parallel samples that a request may ask for."""
 
 
 class SequenceId(NamedTuple):
@@ -52,7 +57,7 @@ class SamplingParams:
         seed: the same request with the same seed gives the same tokens, whatever else is in its
             batch; None draws one.
         n: parallel samples of the prompt.
-        stop: strings that end a sequence; the text stops before the match.
+        stop: strings that end a sequence; the text stops before the match. None: no strings.
         stop_token_ids: tokens that end a sequence, besides the model's own.
         ignore_eos: go on past end-of-sequence until `max_tokens` (for timing).
         logprobs: with each token, the log probabilities of this many most probable tokens
@@ -77,10 +82,9 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, at_least=1)
         _require_int("min_tokens", self.min_tokens, at_least=0)
@@ -95,6 +99,8 @@ class SamplingParams:
             raise RequestError("top_p must be above 0 (1 keeps every token)")
         _require_number("min_p", self.min_p, 0.0, 1.0)
         _require_int("n", self.n, at_least=1)
+        if self.n > MAX_SAMPLES:
+            raise RequestError(f"n must be at most {MAX_SAMPLES}, not {self.n}")
         if self.seed is not None:
             _require_int("seed", self.seed, at_least=None)
         if self.logprobs is not None:
@@ -120,7 +126,8 @@ def _require_int(name: str, value: object, *, at_least: int | None) -> None:
 def _require_number(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise RequestError(f"{name} must be a number, not {value!r}")
-    if not (low <= value <= high) or math.isinf(value):  # NaN fails every comparison
+    largest = min(high, sys.float_info.max)  # NaN fails every comparison
+    if not low <= value <= largest:
         bound = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise RequestError(f"{name} must be {bound} and finite, not {value}")
 

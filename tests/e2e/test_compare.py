@@ -257,7 +257,7 @@ def test_the_default_experiment_is_planned_without_torch(default_model: ModelSou
     lengths, figures = done.stdout.splitlines()
     prompts, mixed = json.loads(lengths)
     assert prompts == [2, 13, 111, 2]
-    assert sum(mixed) == 1661
+    assert sum(mixed) == 1001
     assert figures == f"{192 << 20} 2048 False"
 
 

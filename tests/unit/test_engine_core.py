@@ -324,3 +324,46 @@ def test_metrics_are_in_order_and_counted_once_a_token() -> None:
     assert m.arrival_time < m.first_scheduled_time < m.first_token_time < m.finish_time
     assert len(m.token_times) == 5
     assert m.token_times == sorted(m.token_times)
+
+
+def test_an_id_is_in_use_until_its_last_step_is_collected() -> None:
+    core, _ = toy_engine(ahead=2)
+    core.add_request(prompt(4), greedy(8), request_id="x")
+    core.step()
+    core.cancel("x")
+    with pytest.raises(RequestError, match="in use"):
+        core.add_request(prompt(4), greedy(8), request_id="x")
+    run(core)
+    core.add_request(prompt(4), greedy(2), request_id="x")
+    run(core)
+
+
+def test_automatic_ids_avoid_those_that_people_choose() -> None:
+    core, _ = toy_engine()
+    core.add_request(prompt(4), greedy(2), request_id="1")
+    assert core.add_request(prompt(5), greedy(2)).id != "1"
+    run(core)
+
+
+def test_stop_ids_outside_the_vocabulary_are_refused() -> None:
+    core, _ = toy_engine(eos=(5, 10_000))
+    with pytest.raises(RequestError, match="stop token id 97"):
+        core.add_request(prompt(4), greedy(2, stop_token_ids=[97]))
+    request = core.add_request(prompt(4), SamplingParams(max_tokens=4, min_tokens=3, seed=1))
+    run(core)
+    assert request.finished
+
+
+def test_a_recompute_that_is_preempted_again_is_counted_as_far_as_it_went() -> None:
+    core, runner = toy_engine(8, 4, budget=3, prefix_caching=False)
+    requests = [core.add_request(prompt(8, s), greedy(16)) for s in range(4)]
+    run(core)
+    seen: dict[str, int] = {}
+    again: dict[str, int] = {}
+    for batch in runner.batches:
+        for part in batch.sequences:
+            name = part.sequence_id.request_id
+            most = seen.get(name, 0)
+            again[name] = again.get(name, 0) + max(0, min(part.end, most) - part.start)
+            seen[name] = max(most, part.end)
+    assert {r.id: r.metrics.num_recomputed_tokens for r in requests} == again

@@ -12,7 +12,7 @@ def record(core: EngineCore) -> tuple[LedgerColumns, LedgerRecorder]:
     recorder = LedgerRecorder(core.kv, lambda sequence: int(sequence.request_id))
 
     def on_step(step: StepRecord) -> None:
-        recorder.record(step.waiting_blocks, core.scheduler.take_released())
+        recorder.record(step.waiting_blocks, step.released)
 
     core.on_step = on_step
     run(core)

@@ -50,8 +50,8 @@ def test_the_earliest_of_several_stop_strings_wins() -> None:
 
 
 def test_stop_strings_are_ignored_before_min_tokens() -> None:
-    stream, _ = feed("ENDmore", ["END"], min_tokens=7)
-    assert stream.text == ""  # the first match, once it counts
+    stream, deltas = feed("ENDmoreEND.", ["END"], min_tokens=7)
+    assert stream.text == "ENDmore" == "".join(deltas)
     stream, _ = feed("ENDmor", ["END"], min_tokens=7)
     assert stream.text == "ENDmor"
 

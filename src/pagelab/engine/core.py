@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from pagelab.memory.kv_manager import KVManager
 from pagelab.scheduling.batch import Batch, StepResult
 from pagelab.scheduling.scheduler import Scheduler
 from pagelab.scheduling.sequence import Request, Status, TokenEvent
-from pagelab.types import FinishReason, RequestId, RequestMetrics, SamplingParams
+from pagelab.types import FinishReason, RequestId, RequestMetrics, SamplingParams, SequenceId
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class StepRecord:
     num_waiting: int
     waiting_blocks: int | None
     events: tuple[TokenEvent, ...]
+    released: Mapping[SequenceId, int]  # blocks given back in it → slots written by then
 
 
 class EngineCore:
@@ -76,7 +78,8 @@ class EngineCore:
     ) -> None:
         self.runner = runner
         self.kv = KVManager(memory, allocator)
-        self.scheduler = Scheduler(scheduling, self.kv, eos_token_ids)
+        known = tuple(token for token in eos_token_ids if token < vocab_size)
+        self.scheduler = Scheduler(scheduling, self.kv, known)
         self.vocab_size = vocab_size
         self.clock = clock
         self.on_step: Callable[[StepRecord], None] | None = None
@@ -106,10 +109,17 @@ class EngineCore:
             RequestTooLongError: it could never fit into the model's length or the pool.
         """
         prompt = self._checked_prompt(prompt_token_ids)
+        for token in params.stop_token_ids:
+            if token >= self.vocab_size:
+                raise RequestError(
+                    f"stop token id {token} is no token of this model (0 to {self.vocab_size - 1})"
+                )
         max_output = self._checked_length(len(prompt), params)
         index = next(self._arrivals)
         identity = RequestId(request_id if request_id is not None else str(index))
-        if identity in self._requests:
+        while request_id is None and self._in_use(identity):  # somebody chose a number
+            identity = RequestId(f"{identity}'")
+        if self._in_use(identity):
             raise RequestError(f"request id {identity!r} is in use")
         request = Request(
             id=identity,
@@ -140,7 +150,19 @@ class EngineCore:
         self._forget_if_finished(event.sequence.request)
 
     def step(self) -> list[TokenEvent]:
-        """Submit steps as far ahead as allowed, collect the oldest, return its news."""
+        """Submit steps as far ahead as allowed, collect the oldest, return its news.
+
+        Ctrl-C ends every request that was in a step, and leaves an engine that can go on.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._in_flight.clear()
+            for request in self.scheduler.abandon():
+                self._forget_if_finished(request)
+            raise
+
+    def _step(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         while len(self._in_flight) < self.scheduler.config.max_steps_in_flight:
             batch = self.scheduler.schedule()
@@ -151,9 +173,6 @@ class EngineCore:
                 self._in_flight.append((batch, self.runner.submit(batch)))
             except Exception as error:
                 events += self._fail(batch, error)
-            except BaseException:  # Ctrl-C: leave a state that can go on
-                self.scheduler.fail(batch, "interrupted", FinishReason.CANCELLED)
-                raise
         num_tokens = 0
         step = -1
         if self._in_flight:
@@ -163,9 +182,6 @@ class EngineCore:
                 result = self.runner.collect(handle)
             except Exception as error:
                 events += self._fail(batch, error)
-            except BaseException:
-                self.scheduler.fail(batch, "interrupted", FinishReason.CANCELLED)
-                raise
             else:
                 events += self.scheduler.update(batch, result)
         elif not events:
@@ -185,6 +201,7 @@ class EngineCore:
                 self._forget_if_finished(request)
         if self._check:
             self.scheduler.check_invariants()
+        released = self.scheduler.take_released()
         if self.on_step is not None:
             scheduler = self.scheduler
             self.on_step(
@@ -196,6 +213,7 @@ class EngineCore:
                     len(scheduler.waiting),
                     scheduler.waiting_blocks,
                     tuple(events),
+                    released,
                 )
             )
 
@@ -215,17 +233,27 @@ class EngineCore:
             request.metrics.finish_time = self.clock()
             self._requests.pop(request.id, None)
 
+    def _in_use(self, request_id: RequestId) -> bool:
+        return request_id in self._requests or self.scheduler.is_in_flight(request_id)
+
     def _checked_prompt(self, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
-        prompt = tuple(prompt_token_ids)
+        if isinstance(prompt_token_ids, bytes):
+            raise RequestError("a prompt is a text or token ids, not bytes: decode it first")
+        try:
+            prompt = [operator.index(token) for token in prompt_token_ids]  # numpy's, too
+        except TypeError as error:
+            raise RequestError(
+                f"a prompt is a text or a list of token ids, not {prompt_token_ids!r}"
+            ) from error
         if not prompt:
             raise RequestError("the prompt is empty: give at least one token")
         for token in prompt:
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            if not 0 <= token < self.vocab_size:
                 raise RequestError(
                     f"{token!r} in the prompt is no token id of this model "
                     f"(0 to {self.vocab_size - 1})"
                 )
-        return prompt
+        return tuple(prompt)
 
     def _checked_length(self, num_prompt: int, params: SamplingParams) -> int:
         """Tokens that a request may generate."""

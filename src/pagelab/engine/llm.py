@@ -104,7 +104,7 @@ class LLM:
         memory = MemoryConfig(
             num_blocks=self.spec.kv_layout(self.dtype, block_size).num_blocks(budget),
             block_size=block_size,
-            max_model_len=max_model_len or self.spec.max_position,
+            max_model_len=self.spec.max_position if max_model_len is None else max_model_len,
             allocator=allocator,
             placement=placement,
             prefix_caching=prefix_caching,
@@ -163,8 +163,9 @@ class LLM:
             with _Bar(len(requests), progress) as bar:
                 while not all(request.finished for request in requests):
                     bar.update(self._step())
-        finally:
-            self._drop(requests)
+        except BaseException:
+            self._forget(requests)
+            raise
         return [self._output(r, text) for r, text in zip(requests, texts, strict=True)]
 
     def chat(
@@ -179,8 +180,8 @@ class LLM:
         Raises:
             RequestError: as `generate`, or the model has no chat template.
         """
-        if not messages:
-            raise RequestError("there are no messages: give at least one")
+        if not isinstance(messages, Sequence) or not messages:
+            raise RequestError("messages are a list of at least one {'role': …, 'content': …}")
         one = isinstance(messages[0], Mapping)
         conversations = [messages] if one else messages
         prompts = [self.tokenizer.apply_chat_template(c) for c in conversations]  # type: ignore[arg-type]
@@ -194,15 +195,18 @@ class LLM:
         (request,) = self._add_all([prompt], [params or SamplingParams()])
         text = self._texts.get(request.sequences[0].id)
         if text is None:
-            self._drop([request])
+            self._forget([request])
             raise RequestError("this model has no tokenizer: use generate() with token ids")
         try:
             while not request.finished:
                 self._step()
-                if delta := text.delta(finished=request.finished):
+                first = request.sequences[0]
+                if delta := text.delta(finished=first.finish_reason is not None):
                     yield delta
+            if delta := text.delta(finished=True):  # somebody else's call made the last steps
+                yield delta
         finally:
-            self._drop([request])
+            self.core.cancel(request.id)
             self.last_output = self._output(request, prompt if isinstance(prompt, str) else None)
 
     def _add_all(
@@ -216,7 +220,7 @@ class LLM:
                 requests.append(self.core.add_request(ids, param))
                 self._open_texts(requests[-1], needs_text)
         except BaseException:
-            self._drop(requests)
+            self._forget(requests)
             raise
         return requests
 
@@ -248,10 +252,12 @@ class LLM:
                 text.finish()
         return events
 
-    def _drop(self, requests: Sequence[Request]) -> None:
-        """Cancel what still runs (after an error or Ctrl-C)."""
+    def _forget(self, requests: Sequence[Request]) -> None:
+        """Cancel what still runs (after an error or Ctrl-C), and its texts."""
         for request in requests:
             self.core.cancel(request.id)
+            for sequence in request.sequences:
+                self._texts.pop(sequence.id, None)
 
     def _output(self, request: Request, prompt: str | None) -> RequestOutput:
         outputs = []
@@ -314,8 +320,13 @@ class _Bar:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    several = list(prompts)
-    if several and all(isinstance(item, int) for item in several):
+    if isinstance(prompts, bytes):
+        raise RequestError("a prompt is a text or token ids, not bytes: decode it first")
+    try:
+        several = list(prompts)
+    except TypeError as error:
+        raise RequestError(f"prompts are texts or lists of token ids, not {prompts!r}") from error
+    if several and all(hasattr(item, "__index__") for item in several):
         return [several]  # type: ignore[list-item]
     return several  # type: ignore[return-value]
 
@@ -327,6 +338,8 @@ def _as_params(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError("params must be SamplingParams, or one SamplingParams for each prompt")
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts")
     return list(params)

@@ -45,6 +45,8 @@ class TextStream:
         self.text += self._decoder.step(token_id) or ""
         if self._num_tokens >= self._min_tokens:
             self._look_for_stop()
+        else:
+            self._searched = len(self.text)  # what is complete by now never counts
 
     def finish(self) -> None:
         """Say that no token comes any more: an incomplete last character becomes text."""

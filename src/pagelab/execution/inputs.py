@@ -20,12 +20,14 @@ class StepInputs:
         positions     17      0 1 2 3 … 129    5
         slots         where each token's K/V is written: block_id · block_size + offset
         sampled     rows of the last token of each sequence that samples
+        last        rows of the last token of every sequence
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     sampled: torch.Tensor
+    last: torch.Tensor
     spans: tuple[Span, ...]
     sampling: tuple[ScheduledSequence, ...]  # the sequences of `sampled`, in its order
 
@@ -50,6 +52,7 @@ def build_inputs(batch: Batch, block_size: int, device: torch.device) -> StepInp
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor(slots, device=device),
         sampled=torch.tensor(sampled, dtype=torch.int64, device=device),
+        last=torch.tensor([s.row + s.num_queries - 1 for s in spans], device=device),
         spans=tuple(spans),
         sampling=tuple(part for part in batch.sequences if part.samples),
     )

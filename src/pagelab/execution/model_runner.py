@@ -53,15 +53,35 @@ class ModelRunner:
 
     def _sample(self, batch: Batch, inputs: StepInputs, hidden: torch.Tensor) -> StepResult:
         sampled: dict[SequenceId, SampledToken] = {}
-        errors: dict[SequenceId, str] = {}
+        errors = self._not_finite(batch, inputs, hidden)
         if inputs.sampling:
             logits = self.decoder.logits(hidden[inputs.sampled])
             for part, token in zip(inputs.sampling, sample(logits, inputs.sampling), strict=True):
                 if token is not None:
                     sampled[part.sequence_id] = token
                 else:
-                    errors[part.sequence_id] = (
-                        "the model's output is not finite here: try --dtype float32"
+                    errors.setdefault(
+                        part.sequence_id,
+                        "no token can be chosen: logits are not finite, or every token is "
+                        "suppressed (min_tokens with stop_token_ids)",
                     )
-                    self.cache.clear_blocks(part.block_ids)
         return StepResult(batch.step, sampled, errors)
+
+    def _not_finite(
+        self, batch: Batch, inputs: StepInputs, hidden: torch.Tensor
+    ) -> dict[SequenceId, str]:
+        """Sequences whose hidden states are not finite: nothing of theirs may be reused.
+
+        The last row has attended to all of a sequence's rows, so it tells for all of them.
+        """
+        finite: list[bool] = hidden[inputs.last].isfinite().all(dim=-1).tolist()
+        errors: dict[SequenceId, str] = {}
+        block_size = self.cache.layout.block_size
+        for part, fine in zip(batch.sequences, finite, strict=True):
+            if not fine:
+                errors[part.sequence_id] = (
+                    "the model's output is not finite here: try --dtype float32"
+                )
+                # only blocks from this step's first token on: those before may be shared
+                self.cache.clear_blocks(part.block_ids[part.start // block_size :])
+        return errors

@@ -23,14 +23,15 @@ def sample(
     """One token for each row of logits `[rows, vocab]` (float32); None where none can be
     chosen, because the row holds a NaN or no finite number.
     """
-    logits = _suppress(logits, sequences)
+    own = logits
+    logits = _suppress(own, sequences)
     best, greedy = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
     usable = best.isfinite().tolist()
     chosen: list[int] = greedy.tolist()
     for row, sequence in enumerate(sequences):
         if usable[row] and not sequence.params.greedy:
             chosen[row] = _draw(logits[row], sequence.params, uniform(*sequence.position_seed))
-    logprobs = _logprobs(logits, sequences, chosen)
+    logprobs = _logprobs(own, sequences, chosen)
     return [
         SampledToken(token, logprobs.get(row)) if usable[row] else None
         for row, token in enumerate(chosen)

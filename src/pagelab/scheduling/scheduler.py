@@ -21,7 +21,7 @@ from pagelab.scheduling.sequence import (
     Status,
     TokenEvent,
 )
-from pagelab.types import FinishReason, SampledToken, SequenceId
+from pagelab.types import FinishReason, RequestId, SampledToken, SequenceId
 
 _BY_PRIORITY = attrgetter("priority_key")
 
@@ -153,6 +153,8 @@ class Scheduler:
                 self.finish(sequence, FinishReason.ERROR, error)
                 events.append(TokenEvent(sequence, None, FinishReason.ERROR))
                 continue
+            again = min(part.end, sequence.max_computed) - part.start
+            sequence.request.metrics.num_recomputed_tokens += max(0, again)
             sequence.num_computed = part.end
             sequence.max_computed = max(sequence.max_computed, part.end)
             self.kv.commit(sequence.id, part.end, sequence.token_ids)
@@ -164,9 +166,7 @@ class Scheduler:
                 self._start_forks(sequence.request)
         return events
 
-    def fail(
-        self, batch: Batch, error: str, reason: FinishReason = FinishReason.ERROR
-    ) -> list[TokenEvent]:
+    def fail(self, batch: Batch, error: str) -> list[TokenEvent]:
         """End every sequence of a step that failed; all others go on."""
         events = []
         for part in batch.sequences:
@@ -174,9 +174,27 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 self._release_when_idle(sequence)
             else:
-                self.finish(sequence, reason, error)
-                events.append(TokenEvent(sequence, None, reason))
+                self.finish(sequence, FinishReason.ERROR, error)
+                events.append(TokenEvent(sequence, None, FinishReason.ERROR))
         return events
+
+    def abandon(self) -> list[Request]:
+        """Forget all steps in flight and cancel their sequences (an interrupted step).
+
+        Returns the requests that they belong to.
+        """
+        sequences = list(self._in_flight.values())
+        self._in_flight.clear()
+        self.kv.take_copies()
+        for sequence in sequences:
+            sequence.num_in_flight = sequence.num_pending = 0
+            self.finish(sequence, FinishReason.CANCELLED, "interrupted")
+            self._release_when_idle(sequence)
+        return [sequence.request for sequence in sequences]
+
+    def is_in_flight(self, request_id: RequestId) -> bool:
+        """Whether a step that is not collected works on this request (ended or not)."""
+        return any(sequence_id.request_id == request_id for sequence_id in self._in_flight)
 
     def check_invariants(self) -> None:
         """Assert that queues, sequences and memory agree."""
@@ -245,11 +263,8 @@ class Scheduler:
                 return False
             num_cached = cached
         sequence.num_computed = num_cached
-        metrics = sequence.request.metrics
-        if sequence.max_computed > 0:
-            metrics.num_recomputed_tokens += max(0, sequence.max_computed - num_cached)
-        elif sequence is parent:
-            metrics.num_cached_tokens = num_cached
+        if sequence is parent and sequence.max_computed == 0:
+            sequence.request.metrics.num_cached_tokens = num_cached
         return True
 
     def _scheduled(self, sequence: Sequence, count: int) -> ScheduledSequence:

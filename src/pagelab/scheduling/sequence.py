@@ -147,4 +147,4 @@ class PreemptionRecord:
 
     step: int
     sequence_id: SequenceId
-    num_tokens: int  # computed tokens whose K/V was thrown away
+    num_tokens: int  # computed tokens whose blocks it gave back; the cache may still find some

@@ -70,7 +70,6 @@ class Native(Method):
         pool = core.kv.config.num_blocks * core.kv.config.block_size
         prefix = core.kv.prefix_cache
         before = (prefix.num_queried_tokens, prefix.num_hit_tokens) if prefix else (0, 0)
-        core.scheduler.take_released()  # what earlier workloads left
         preempted = len(core.scheduler.preemptions)
         started = core.clock()
         watch = _Watch(self, workload, started)
@@ -155,8 +154,7 @@ class _Watch:
         """The engine's hook."""
         if self._first_step is None and record.step >= 0:
             self._first_step = record.step
-        released = self._core.scheduler.take_released()
-        entry = self.recorder.record(record.waiting_blocks, released)
+        entry = self.recorder.record(record.waiting_blocks, record.released)
         before, self._entry = self._entry or entry, entry
         self._steps["t"].append(micro(record.time - self._started))
         self._steps["new_tokens"].append(record.num_tokens)

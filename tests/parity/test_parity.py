@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from pagelab.engine.llm import LLM
 from pagelab.models.fetch import ModelSource, resolve
@@ -190,6 +192,28 @@ def test_lower_precision_is_no_worse_than_transformers_own(name: str, dtype: str
         errors["ours"] += float((ours - want).norm() / want.norm())
         errors["theirs"] += float((other - want).norm() / want.norm())
     assert errors["ours"] < 1.5 * errors["theirs"] + 1e-4
+
+
+@pytest.mark.slow
+def test_gpt2_at_its_true_shape_equals_transformers(tmp_path: Path) -> None:
+    """124 M random parameters: the hub's weights cannot be had everywhere, their shape can."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.06)).eval()
+    model.save_pretrained(tmp_path)
+    prompts = [[random.Random(n).randrange(50257) for _ in range(n)] for n in (2, 40)]
+    want = [transformers_tokens(model, prompt, 16) for prompt in prompts]
+    assert len(set(want[0] + want[1])) > 4, "a constant answer would prove little"
+    for block_size, budget in ((16, 512), (64, 16)):
+        llm = LLM(
+            str(tmp_path),
+            device="cpu",
+            dtype="float32",
+            kv_memory="32MiB",
+            block_size=block_size,
+            max_num_batched_tokens=budget,
+        )
+        assert tokens(llm.generate(prompts, greedy(16))) == want
+        assert llm.spec.num_parameters == 124_439_808
 
 
 # The real model

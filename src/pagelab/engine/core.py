@@ -225,7 +225,8 @@ class EngineCore:
                 metrics.first_scheduled_time = now
 
     def _fail(self, batch: Batch, error: Exception) -> list[TokenEvent]:
-        logger.error("step %d failed", batch.step, exc_info=error)
+        logger.error("step %d failed: %s: %s", batch.step, type(error).__name__, error)
+        logger.debug("where it failed", exc_info=error)
         return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
 
     def _forget_if_finished(self, request: Request) -> None:

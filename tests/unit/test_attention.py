@@ -15,8 +15,6 @@ from pagelab.attention.select import select_attention
 from pagelab.errors import ConfigError
 from pagelab.types import BlockId
 
-DEVICE = torch.device("cpu")
-
 
 def case(
     lengths: list[tuple[int, int]],  # (queries, keys) of each sequence
@@ -46,11 +44,9 @@ def case(
     return q, torch.stack(k_rows), torch.stack(v_rows), cache, spans
 
 
-def attend(
-    backend: AttentionBackend, block_size: int, *args: torch.Tensor | list[Span]
-) -> torch.Tensor:
+def attend(backend: AttentionBackend, *args: torch.Tensor | list[Span]) -> torch.Tensor:
     q, k, v, cache, spans = args
-    plan = backend.plan(spans, block_size, DEVICE)  # type: ignore[arg-type]
+    plan = backend.plan(spans, cache)  # type: ignore[arg-type]
     return backend.attend(q, k, v, cache, plan, 0.2)  # type: ignore[arg-type]
 
 
@@ -64,15 +60,15 @@ def test_the_oracle_equals_plain_causal_attention() -> None:
         is_causal=True,
         scale=0.2,
     )[0].transpose(0, 1)
-    torch.testing.assert_close(attend(ReferenceAttention(), 4, q, k, v, cache, spans), expected)
+    torch.testing.assert_close(attend(ReferenceAttention(), q, k, v, cache, spans), expected)
 
 
 def test_a_chunk_of_the_oracle_equals_the_end_of_the_whole() -> None:
     torch.manual_seed(0)
     q, k, v, cache, spans = case([(13, 13)], 4, (4, 2), 8, torch.float32)
-    whole = attend(ReferenceAttention(), 4, q, k, v, cache, spans)
+    whole = attend(ReferenceAttention(), q, k, v, cache, spans)
     chunk = [Span(0, 5, 13, spans[0].block_ids)]
-    part = attend(ReferenceAttention(), 4, q[8:], k[8:], v[8:], cache, chunk)
+    part = attend(ReferenceAttention(), q[8:], k[8:], v[8:], cache, chunk)
     torch.testing.assert_close(part, whole[8:])
 
 
@@ -94,24 +90,22 @@ def test_cpu_equals_the_oracle(
     torch.manual_seed(len(lengths))
     random.seed(block_size)
     inputs = case(lengths, block_size, heads, 16, torch.float32)
-    got = attend(CpuAttention(), block_size, *inputs)
-    torch.testing.assert_close(
-        got, attend(ReferenceAttention(), block_size, *inputs), rtol=2e-5, atol=2e-5
-    )
+    got = attend(CpuAttention(), *inputs)
+    torch.testing.assert_close(got, attend(ReferenceAttention(), *inputs), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_cpu_in_lower_precision_stays_near_the_oracle(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(1)
     inputs = case([(1, 70), (9, 9), (3, 40)], 16, (4, 2), 32, dtype)
-    got = attend(CpuAttention(), 16, *inputs).float()
-    want = attend(ReferenceAttention(), 16, *inputs).float()
+    got = attend(CpuAttention(), *inputs).float()
+    want = attend(ReferenceAttention(), *inputs).float()
     assert float((got - want).norm() / want.norm()) < tolerance
 
 
 def test_long_contexts_are_split_into_groups_that_fit_the_caches() -> None:
     spans = [Span(i, 1, 1000, tuple(BlockId(b) for b in range(63))) for i in range(10)]
-    plan = CpuAttention().plan(spans, 16, DEVICE)
+    plan = CpuAttention().plan(spans, torch.empty(2, 1, 63, 16, 1))
     assert [len(group.rows) for group in plan.groups] == [4, 4, 2]
 
 

@@ -45,8 +45,8 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def plan(self, spans: Sequence[Span], block_size: int, device: torch.device) -> Any:
-        """Prepare a step."""
+    def plan(self, spans: Sequence[Span], cache: torch.Tensor) -> Any:
+        """Prepare a step. `cache` is any layer's: they all have the same shape."""
         ...
 
     def attend(

@@ -34,7 +34,9 @@ class _DecodeGroup:
     """Sequences with one query each, padded to the longest context among them."""
 
     rows: torch.Tensor  # [B] rows of q
-    blocks: torch.Tensor  # [B · blocks a row], padded with a block that the mask hides
+    # [2 · kv_heads · B · blocks a row]: where each (K or V, head, block) lies in the cache seen as
+    # rows of block_size · D; short contexts are padded with a block that the mask hides
+    gather: torch.Tensor
     mask: torch.Tensor  # [B, 1, keys], added to the scores: 0 or -inf
 
 
@@ -64,7 +66,7 @@ class CpuAttention:
     def __init__(self) -> None:
         self._scratch = torch.empty(0)  # gathered K/V; kept, since fresh pages cost more than use
 
-    def plan(self, spans: Sequence[Span], block_size: int, device: torch.device) -> CpuPlan:
+    def plan(self, spans: Sequence[Span], cache: torch.Tensor) -> CpuPlan:
         """Sort the step's sequences into groups and build their indices and masks."""
         singles = sorted(
             (span for span in spans if span.num_queries == 1), key=lambda span: span.num_keys
@@ -74,9 +76,9 @@ class CpuAttention:
             longest = singles[-1].num_keys
             group = [span for span in singles if span.num_keys >= _MIN_FILL * longest]
             group = group[-max(1, _MAX_GROUP_TOKENS // longest) :]
-            groups.append(_decode_group(group, block_size, device))
+            groups.append(_decode_group(group, cache))
             del singles[len(singles) - len(group) :]
-        chunks = tuple(_chunk(span, device) for span in spans if span.num_queries > 1)
+        chunks = tuple(_chunk(span, cache.device) for span in spans if span.num_queries > 1)
         return CpuPlan(tuple(groups), chunks)
 
     def attend(
@@ -92,31 +94,29 @@ class CpuAttention:
         out = torch.empty_like(q)
         for group in plan.groups:
             out[group.rows] = _attend_group(
-                q[group.rows], self._gather(cache, group.blocks), group, scale
+                q[group.rows], self._gather(cache, group.gather), group, scale
             )
         for chunk in plan.chunks:
             out[chunk.rows] = _attend_chunk(q, k, v, cache, chunk, scale)
         return out
 
-    def _gather(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """K and V of these blocks in the scratch: `[2 · kv_heads, blocks, block_size · D]`.
+    def _gather(self, cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """These rows of the cache in the scratch, `[rows, block_size · D]`.
 
-        One index for each (K or V, head, block), although the blocks are the same for all
-        heads: along the first dimension torch gathers with all threads, along others with one.
+        There is an index for each head, although the blocks are the same for all: along the
+        first dimension torch gathers with all threads, along others with one.
         """
-        _, kv_heads, num_blocks, block_size, head_dim = cache.shape
-        shape = (2 * kv_heads * len(blocks), block_size * head_dim)
+        shape = (len(rows), cache.shape[-2] * cache.shape[-1])
         scratch = self._scratch
         if scratch.numel() < math.prod(shape) or scratch.dtype != cache.dtype:
             self._scratch = scratch = cache.new_empty(math.prod(shape))
-        heads = torch.arange(2 * kv_heads, device=cache.device)[:, None] * num_blocks
-        rows = cache.view(2 * kv_heads * num_blocks, -1)
         out = scratch[: math.prod(shape)].view(shape)
-        torch.index_select(rows, 0, (heads + blocks).flatten(), out=out)
-        return out.view(2 * kv_heads, len(blocks), -1)
+        return torch.index_select(cache.view(-1, shape[1]), 0, rows, out=out)
 
 
-def _decode_group(group: list[Span], block_size: int, device: torch.device) -> _DecodeGroup:
+def _decode_group(group: list[Span], cache: torch.Tensor) -> _DecodeGroup:
+    _, kv_heads, num_blocks, block_size, _ = cache.shape
+    device = cache.device
     width = max(-(-span.num_keys // block_size) for span in group)
     blocks: list[int] = []
     for span in group:
@@ -127,14 +127,17 @@ def _decode_group(group: list[Span], block_size: int, device: torch.device) -> _
     hidden = torch.arange(width * block_size, device=device) >= lengths[:, None]
     mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
     rows = torch.tensor([span.row for span in group], device=device)
-    return _DecodeGroup(rows, torch.tensor(blocks, device=device), mask[:, None, :])
+    heads = torch.arange(2 * kv_heads, device=device)[:, None] * num_blocks
+    gather = (heads + torch.tensor(blocks, device=device)).flatten()
+    return _DecodeGroup(rows, gather, mask[:, None, :])
 
 
 def _attend_group(
     q: torch.Tensor, gathered: torch.Tensor, group: _DecodeGroup, scale: float
 ) -> torch.Tensor:
     batch, num_heads, head_dim = q.shape
-    kv_heads, num_keys = gathered.shape[0] // 2, group.mask.shape[-1]
+    num_keys = group.mask.shape[-1]
+    kv_heads = gathered.numel() // (2 * batch * num_keys * head_dim)
     keys, values = gathered.view(2, kv_heads * batch, num_keys, head_dim)
     # heads outermost, as the gather leaves K/V: [kv_heads · B, G, D]
     queries = q.view(batch, kv_heads, -1, head_dim).transpose(0, 1)

@@ -18,7 +18,7 @@ class ReferenceAttention:
 
     name = "reference"
 
-    def plan(self, spans: Sequence[Span], block_size: int, device: torch.device) -> Sequence[Span]:
+    def plan(self, spans: Sequence[Span], cache: torch.Tensor) -> Sequence[Span]:
         """Nothing to prepare."""
         return spans
 

@@ -18,7 +18,7 @@ from pagelab.memory.allocators import Allocator
 from pagelab.memory.kv_manager import KVManager
 from pagelab.scheduling.batch import Batch, StepResult
 from pagelab.scheduling.scheduler import Scheduler
-from pagelab.scheduling.sequence import Request, Status, TokenEvent
+from pagelab.scheduling.sequence import Request, TokenEvent
 from pagelab.types import FinishReason, RequestId, RequestMetrics, SamplingParams, SequenceId
 
 logger = logging.getLogger(__name__)
@@ -279,6 +279,3 @@ class EngineCore:
                 f"pool of {slots} slots even alone: raise --kv-memory or lower max_tokens"
             )
         return max_output
-
-
-__all__ = ["EngineCore", "Runner", "Status", "StepRecord"]

@@ -16,7 +16,7 @@ from rich.progress import (
 from pagelab.config import MemoryConfig, SchedulerConfig, parse_bytes
 from pagelab.engine.core import EngineCore
 from pagelab.engine.text import TextStream
-from pagelab.errors import ConfigError, RequestError
+from pagelab.errors import ConfigError, ModelError, RequestError
 from pagelab.execution.loading import (
     DeviceConfig,
     default_kv_memory,
@@ -228,7 +228,7 @@ class LLM:
         """A text for each sequence; none where token ids came in and the model has no tokenizer."""
         try:
             tokenizer = self.tokenizer
-        except Exception:
+        except ModelError:
             if needs_text:
                 raise
             return

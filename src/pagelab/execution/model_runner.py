@@ -43,7 +43,7 @@ class ModelRunner:
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
         cache, attention, scale = self.cache, self.attention, self._scale
-        plan = attention.plan(inputs.spans, cache.layout.block_size, self.device)
+        plan = attention.plan(inputs.spans, cache.layers[0])
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cache.write(layer, inputs.slots, k, v)

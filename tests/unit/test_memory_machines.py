@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from pagelab.config import MemoryConfig
-from pagelab.memory.allocators import Demand
+from pagelab.memory.allocators import ALLOCATORS, Demand
 from pagelab.memory.block_pool import BlockPool
 from pagelab.memory.kv_manager import KVManager
 from pagelab.memory.ledger import take_ledger
@@ -204,7 +204,7 @@ class KVManagerMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(8, 24),
-        allocator=st.sampled_from(["paged", "contiguous-max"]),
+        allocator=st.sampled_from(list(ALLOCATORS)),
         placement=st.sampled_from(["buddy", "first-fit"]),
         prefix=st.booleans(),
     )
@@ -222,10 +222,12 @@ class KVManagerMachine(RuleBasedStateMachine):
         self.tokens: dict[SequenceId, list[int]] = {}
         self.computed: dict[SequenceId, int] = {}
         self.slots: dict[int, tuple[int, ...]] = {}  # slot → the tokens up to its own
+        self.ends: dict[SequenceId, tuple[int, int, int]] = {}  # prompt, final, most
         self.next_id = 0
 
-    def _demand(self, num_tokens: int) -> Demand:
-        return Demand(num_tokens, num_tokens, 32, 32)
+    def _demand(self, sequence: SequenceId, num_tokens: int) -> Demand:
+        prompt, final, most = self.ends[sequence]
+        return Demand(prompt, num_tokens, final, most, 32)
 
     def _new_id(self) -> SequenceId:
         self.next_id += 1
@@ -241,11 +243,13 @@ class KVManagerMachine(RuleBasedStateMachine):
                 if content is not None:
                     self.slots[target * self.SIZE + offset] = content
 
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20))
-    def admit(self, prompt: list[int]) -> None:
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), ends=st.data())
+    def admit(self, prompt: list[int], ends: st.DataObject) -> None:
         sequence = self._new_id()
+        final = ends.draw(st.integers(len(prompt) + 1, 32))
+        self.ends[sequence] = (len(prompt), final, ends.draw(st.integers(final, 32)))
         before = self.kv.pool.num_allocatable
-        cached = self.kv.admit(sequence, self._demand(len(prompt)), prompt)
+        cached = self.kv.admit(sequence, self._demand(sequence, len(prompt)), prompt)
         if cached is None:
             assert not self.kv.holds(sequence)
             assert self.kv.pool.num_allocatable == before
@@ -260,11 +264,11 @@ class KVManagerMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(sorted(self.tokens)))
         tokens, start = self.tokens[sequence], self.computed[sequence]
         if start == len(tokens):
-            if len(tokens) == 32:
+            if len(tokens) == self.ends[sequence][1]:
                 return
             tokens.append(extra)
         end = min(len(tokens), start + count)
-        if not self.kv.hold(sequence, start, self._demand(end)):
+        if not self.kv.hold(sequence, start, self._demand(sequence, end)):
             return
         self._apply_copies()
         for position in range(start, end):
@@ -281,7 +285,9 @@ class KVManagerMachine(RuleBasedStateMachine):
         shared = data.draw(st.integers(1, self.computed[parent]))
         child = self._new_id()
         tokens = [*self.tokens[parent][:shared], 7]
-        if self.kv.fork(parent, child, shared, self._demand(shared + 1)):
+        final = max(shared + 1, self.ends[parent][1])
+        self.ends[child] = (shared, final, max(final, self.ends[parent][2]))
+        if self.kv.fork(parent, child, shared, self._demand(child, shared + 1)):
             self._apply_copies()
             self.tokens[child], self.computed[child] = tokens, shared
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pagelab.errors import RequestTooLongError
+from pagelab.memory.allocators import ALLOCATORS, Demand
 from pagelab.memory.ledger import take_ledger
 from pagelab.scheduling.sequence import Request
 from pagelab.types import FinishReason, SamplingParams
@@ -23,7 +24,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(8, 20),
         block_size=st.sampled_from([1, 4]),
-        allocator=st.sampled_from(["paged", "paged", "contiguous-max"]),
+        allocator=st.sampled_from(["paged", "paged", *ALLOCATORS]),
         placement=st.sampled_from(["buddy", "first-fit"]),
         prefix_caching=st.booleans(),
         watermark=st.sampled_from([0.0, 0.2]),
@@ -48,17 +49,31 @@ class EngineMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 3]),
         priority=st.integers(0, 2),
         ignore_eos=st.booleans(),
+        known=st.one_of(st.none(), st.floats(0, 1)),
     )
     def add(
-        self, prompt: list[int], max_tokens: int, n: int, priority: int, ignore_eos: bool
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        n: int,
+        priority: int,
+        ignore_eos: bool,
+        known: float | None,
     ) -> None:
+        end = None if known is None else max(1, round(known * max_tokens))
         params = SamplingParams(
             max_tokens=max_tokens, n=n, seed=len(self.requests), ignore_eos=ignore_eos
         )
         try:
-            self.requests.append(self.core.add_request(prompt, params, priority=priority))
+            self.requests.append(
+                self.core.add_request(prompt, params, priority=priority, output_tokens=end)
+            )
         except RequestTooLongError:
-            assert not self.core.kv.fits_ever(len(prompt) + max_tokens)
+            most = len(prompt) + max_tokens
+            final = most if end is None else len(prompt) + end
+            limit = self.core.scheduler.max_model_len
+            demand = Demand(len(prompt), final, final, most, limit)
+            assert most > limit or not self.core.kv.fits_ever(demand)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -99,7 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
             for sequence, tokens in zip(request.sequences, outputs(request), strict=True):
                 seed = request.seed + sequence.id.sample
                 expected = generate(
-                    request.prompt_token_ids, request.max_output_tokens, seed, VOCAB
+                    request.prompt_token_ids, request.final_output_tokens, seed, VOCAB
                 )
                 if not request.params.ignore_eos and EOS in expected:
                     expected = expected[: expected.index(EOS) + 1]

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from pagelab.config import MemoryConfig, SchedulerConfig
 from pagelab.errors import RequestError, RequestTooLongError
-from pagelab.memory.allocators import Allocator
+from pagelab.memory.allocators import Allocator, Demand
 from pagelab.memory.kv_manager import KVManager
 from pagelab.scheduling.batch import Batch, StepResult
 from pagelab.scheduling.scheduler import Scheduler
-from pagelab.scheduling.sequence import Request, TokenEvent
+from pagelab.scheduling.sequence import PreemptionRecord, Request, TokenEvent
 from pagelab.types import FinishReason, RequestId, RequestMetrics, SamplingParams, SequenceId
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class StepRecord:
     waiting_blocks: int | None
     events: tuple[TokenEvent, ...]
     released: Mapping[SequenceId, int]  # blocks given back in it → slots written by then
+    preempted: tuple[PreemptionRecord, ...] = ()
 
 
 class EngineCore:
@@ -101,8 +102,12 @@ class EngineCore:
         request_id: str | None = None,
         priority: int = 0,
         arrival_time: float | None = None,
+        output_tokens: int | None = None,
     ) -> Request:
         """Queue a request. Lower priorities are served first.
+
+        `output_tokens` is for replays: the request ends after so many tokens at the latest,
+        although `max_tokens` allows more, and the allocators that need to know that may.
 
         Raises:
             RequestError: the prompt is empty or no list of token ids, or the id is in use.
@@ -114,7 +119,7 @@ class EngineCore:
                 raise RequestError(
                     f"stop token id {token} is no token of this model (0 to {self.vocab_size - 1})"
                 )
-        max_output = self._checked_length(len(prompt), params)
+        max_output = self._checked_length(len(prompt), params, output_tokens)
         index = next(self._arrivals)
         identity = RequestId(request_id if request_id is not None else str(index))
         while request_id is None and self._in_use(identity):  # somebody chose a number
@@ -126,6 +131,7 @@ class EngineCore:
             prompt_token_ids=prompt,
             params=params,
             max_output_tokens=max_output,
+            final_output_tokens=self._checked_end(output_tokens, max_output),
             seed=params.seed if params.seed is not None else secrets.randbits(62),
             arrival_index=index,
             metrics=RequestMetrics(self.clock() if arrival_time is None else arrival_time),
@@ -202,6 +208,7 @@ class EngineCore:
         if self._check:
             self.scheduler.check_invariants()
         released = self.scheduler.take_released()
+        preempted = self.scheduler.take_preempted()
         if self.on_step is not None:
             scheduler = self.scheduler
             self.on_step(
@@ -214,6 +221,7 @@ class EngineCore:
                     scheduler.waiting_blocks,
                     tuple(events),
                     released,
+                    preempted,
                 )
             )
 
@@ -256,7 +264,16 @@ class EngineCore:
                 )
         return tuple(prompt)
 
-    def _checked_length(self, num_prompt: int, params: SamplingParams) -> int:
+    def _checked_end(self, output_tokens: int | None, max_output: int) -> int:
+        if output_tokens is None:
+            return max_output
+        if not 1 <= output_tokens <= max_output:
+            raise RequestError(f"output_tokens must be from 1 to {max_output}, not {output_tokens}")
+        return output_tokens
+
+    def _checked_length(
+        self, num_prompt: int, params: SamplingParams, output_tokens: int | None
+    ) -> int:
         """Tokens that a request may generate."""
         limit = self.scheduler.max_model_len
         if num_prompt >= limit:
@@ -272,10 +289,13 @@ class EngineCore:
             )
         if params.min_tokens > max_output:
             raise RequestError(f"min_tokens {params.min_tokens} is more than {max_output} allowed")
-        if not self.kv.fits_ever(num_prompt + max_output):
+        most = num_prompt + max_output
+        final = most if output_tokens is None else num_prompt + output_tokens
+        if not self.kv.fits_ever(Demand(num_prompt, final, final, most, limit)):
             slots = self.kv.config.num_blocks * self.kv.config.block_size
             raise RequestTooLongError(
                 f"{num_prompt} prompt tokens + {max_output} output tokens do not fit into the KV "
-                f"pool of {slots} slots even alone: raise --kv-memory or lower max_tokens"
+                f"pool of {slots} slots even alone (allocator {self.kv.allocator.name}): raise "
+                "--kv-memory or lower max_tokens"
             )
         return max_output

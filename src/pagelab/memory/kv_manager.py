@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pagelab.config import MemoryConfig
-from pagelab.errors import InsufficientMemoryError
+from pagelab.errors import ConfigError, InsufficientMemoryError
 from pagelab.memory.allocators import Allocator, Demand, make_allocator
 from pagelab.memory.block_pool import BlockPool
 from pagelab.memory.placement import Anywhere, make_placement
@@ -61,10 +61,13 @@ class KVManager:
         self._tables: dict[SequenceId, BlockTable] = {}
         self._copies: list[tuple[BlockId, BlockId]] = []
         self._root = root_hash()
-        if contiguous and not self.fits_ever(config.max_model_len):
+        self._num_table_blocks = 0  # of all tables, shared ones once a table
+        self._num_written = 0  # slots of all tables, likewise
+        shortest = Demand(1, 1, 1, 1, config.max_model_len)
+        if contiguous and not self.fits_ever(shortest):
             raise InsufficientMemoryError(
-                f"{self.allocator.name} reserves max_model_len = {config.max_model_len} tokens for "
-                f"each sequence, and the KV pool of {config.num_blocks * config.block_size} slots "
+                f"{self.allocator.name} reserves {self.allocator.slots(shortest)} tokens for each "
+                f"sequence (max_model_len = {config.max_model_len}), and the KV pool of {config.num_blocks * config.block_size} slots "
                 f"has no range that long: raise --kv-memory or lower --max-model-len"
             )
 
@@ -87,9 +90,18 @@ class KVManager:
         """Whether a sequence holds blocks."""
         return sequence_id in self._tables
 
-    def fits_ever(self, num_tokens: int) -> bool:
-        """Whether a sequence of this length fits into the pool when it is empty."""
-        demand = Demand(num_tokens, num_tokens, num_tokens, self.config.max_model_len)
+    @property
+    def num_table_slots(self) -> int:
+        """Slots of all block tables; a shared block counts once for each table."""
+        return self._num_table_blocks * self.config.block_size
+
+    @property
+    def num_written_slots(self) -> int:
+        """Written slots of all sequences; a shared one counts once for each of them."""
+        return self._num_written
+
+    def fits_ever(self, demand: Demand) -> bool:
+        """Whether such a sequence fits into the pool when it is empty."""
         return self._blocks(demand) <= self.pool.placement.largest_possible
 
     def blocks_to_admit(self, demand: Demand) -> int:
@@ -124,6 +136,8 @@ class KVManager:
             return None
         num_cached = len(hits) * self.config.block_size
         self._tables[sequence_id] = BlockTable(hits + block_ids, num_cached, hashes[: len(hits)])
+        self._num_table_blocks += len(hits) + len(block_ids)
+        self._num_written += num_cached
         if self.prefix_cache is not None:
             self.prefix_cache.num_queried_tokens += len(token_ids)
             self.prefix_cache.num_hit_tokens += num_cached
@@ -149,6 +163,8 @@ class KVManager:
             self.pool.share(block_id)
         full = num_tokens // size
         self._tables[child_id] = BlockTable(list(shared), num_tokens, parent.hashes[:full])
+        self._num_table_blocks += len(shared)
+        self._num_written += num_tokens
         held = self.hold(child_id, num_tokens, demand)
         assert held, "the blocks were there"
         return True
@@ -172,6 +188,7 @@ class KVManager:
         if copy:
             self._replace_by_copy(table, index, taken.pop(), start % self.config.block_size)
         table.block_ids += taken
+        self._num_table_blocks += len(taken)
         return True
 
     def take_copies(self) -> tuple[tuple[BlockId, BlockId], ...]:
@@ -191,6 +208,7 @@ class KVManager:
         size = self.config.block_size
         for i in range(table.num_written // size, -(-num_computed // size)):
             self.pool.set_written(table.block_ids[i], min(size, num_computed - i * size))
+        self._num_written += num_computed - table.num_written
         table.num_written = num_computed
         if self.prefix_cache is not None:
             self._register_full_blocks(table, self.prefix_cache, token_ids)
@@ -198,6 +216,8 @@ class KVManager:
     def release(self, sequence_id: SequenceId) -> int:
         """Give all blocks of a sequence back. Returns how many of their slots were written."""
         table = self._tables.pop(sequence_id)
+        self._num_table_blocks -= len(table.block_ids)
+        self._num_written -= table.num_written
         self.pool.release(table.block_ids)
         return table.num_written
 
@@ -221,10 +241,16 @@ class KVManager:
         for block_id, count in holders.items():
             assert self.pool.ref_count(block_id) == count
         assert len(holders) == self.pool.num_held
+        assert sum(len(t.block_ids) for t in self._tables.values()) == self._num_table_blocks
+        assert sum(t.num_written for t in self._tables.values()) == self._num_written
 
     def _blocks(self, demand: Demand) -> int:
         slots = self.allocator.slots(demand)
-        assert slots >= demand.num_tokens, f"{self.allocator.name} gives too few slots"
+        if slots < demand.num_tokens:  # somebody's own class
+            raise ConfigError(
+                f"allocator {self.allocator.name}: slots({demand}) gave {slots}, fewer than the "
+                f"{demand.num_tokens} tokens that must be held"
+            )
         return -(-slots // self.config.block_size)
 
     def _may_admit(self, blocks: int) -> bool:

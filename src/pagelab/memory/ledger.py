@@ -5,7 +5,8 @@
     pool = live + unwritten + cached + free + external
                   └ reserved + internal, once the allocation has ended
 
-A slot is counted in exactly one state. `Ledger.take` looks at the pool now; `LedgerRecorder`
+A slot is counted in exactly one state. Of the external ones, `rounding` says how many only the
+placement rounded up (a buddy's share).  `Ledger.take` looks at the pool now; `LedgerRecorder`
 keeps the series of a run and splits `unwritten` when each allocation ends, since only then it is
 known which of its empty slots were going to be written.
 """
@@ -21,7 +22,7 @@ from pagelab.types import BlockId, SequenceId
 
 
 class LedgerEntry(NamedTuple):
-    """Slots by state at one moment. All but `shared_saved` add up to the pool."""
+    """Slots by state at one moment. The first five add up to the pool."""
 
     live: int
     unwritten: int
@@ -29,6 +30,7 @@ class LedgerEntry(NamedTuple):
     free: int
     external: int
     shared_saved: int  # slots that would be live too if no block were shared
+    rounding: int  # of `external`: in no allocation, lost because a range was rounded up
 
     @property
     def pool(self) -> int:
@@ -45,18 +47,17 @@ def take_ledger(kv: KVManager, waiting_blocks: int | None) -> LedgerEntry:
             admission; None when nothing waits.
     """
     size, pool = kv.config.block_size, kv.pool
-    held = written = 0
-    for _, table in kv.tables():
-        held += len(table.block_ids) * size - table.num_written
-        written += table.num_written
+    written = kv.num_written_slots
+    rounding = pool.placement.num_rounding * size
     small = 0 if waiting_blocks is None else pool.placement.num_in_small_holes(waiting_blocks)
     return LedgerEntry(
         live=pool.num_live_slots,
-        unwritten=held,
+        unwritten=kv.num_table_slots - written,
         cached=pool.num_cached * size,
         free=(pool.placement.num_free - small) * size,
-        external=(pool.placement.num_rounding + small) * size,
+        external=rounding + small * size,
         shared_saved=written - pool.num_live_slots,
+        rounding=rounding,
     )
 
 
@@ -71,6 +72,7 @@ class LedgerColumns:
     free: list[int]
     external: list[int]
     shared_saved: list[int]
+    rounding: list[int]
 
 
 FREE, CACHED = -1, -2
@@ -139,6 +141,7 @@ class LedgerRecorder:
             free=[e.free for e in entries],
             external=[e.external for e in entries],
             shared_saved=[e.shared_saved for e in entries],
+            rounding=[e.rounding for e in entries],
         )
 
     def _close(self, sequence_id: SequenceId, finally_written: int) -> None:

@@ -8,6 +8,7 @@ chunks of prompts, single tokens and recompute after a preemption are the same t
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Mapping
 from operator import attrgetter
 
@@ -22,6 +23,9 @@ from pagelab.scheduling.sequence import (
     TokenEvent,
 )
 from pagelab.types import FinishReason, RequestId, SampledToken, SequenceId
+
+KEPT_PREEMPTIONS = 10_000
+"""Preemption records that a scheduler keeps; older ones are forgotten."""
 
 _BY_PRIORITY = attrgetter("priority_key")
 
@@ -48,9 +52,11 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []  # by priority key
         self.waiting: list[Sequence] = []  # by priority key
-        self.preemptions: list[PreemptionRecord] = []
+        self.preemptions: deque[PreemptionRecord] = deque(maxlen=KEPT_PREEMPTIONS)
+        self.num_preemptions = 0
         self._in_flight: dict[SequenceId, Sequence] = {}  # with a step that is not collected
         self._released: dict[SequenceId, int] = {}
+        self._preempted: list[PreemptionRecord] = []
         self._step = 0
 
     @property
@@ -112,13 +118,19 @@ class Scheduler:
         released, self._released = self._released, {}
         return released
 
+    def take_preempted(self) -> tuple[PreemptionRecord, ...]:
+        """Preemptions since the last call."""
+        preempted = tuple(self._preempted)
+        self._preempted.clear()
+        return preempted
+
     # One step
 
     def schedule(self) -> Batch | None:
         """Plan the next step; None when nothing can be scheduled."""
         scheduled: list[ScheduledSequence] = []
         budget = self.config.max_num_batched_tokens
-        preemptions = len(self.preemptions)
+        preemptions = self.num_preemptions
         for sequence in list(self.running):
             count = min(sequence.num_schedulable, budget)
             if count > 0 and sequence.status is Status.RUNNING and self._hold(sequence, count):
@@ -126,7 +138,7 @@ class Scheduler:
                 budget -= count
         while budget > 0 and self.waiting and len(self.running) < self.config.max_num_seqs:
             # who was just preempted may not take the blocks that it gave
-            if len(self.preemptions) > preemptions or not self._admit(self.waiting[0]):
+            if self.num_preemptions > preemptions or not self._admit(self.waiting[0]):
                 break
             sequence = self.waiting.pop(0)
             sequence.status = Status.RUNNING
@@ -225,9 +237,12 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        record = PreemptionRecord(self._step, sequence.id, sequence.num_computed)
         self.running.remove(sequence)
         sequence.status = Status.PREEMPTED
-        self.preemptions.append(PreemptionRecord(self._step, sequence.id, sequence.num_computed))
+        self.num_preemptions += 1
+        self._preempted.append(record)
+        self.preemptions.append(record)
         sequence.request.metrics.num_preemptions += 1
         self._release_when_idle(sequence)
 
@@ -316,7 +331,7 @@ class Scheduler:
                 return FinishReason.STOP
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP
-        if num_output >= sequence.request.max_output_tokens:
+        if num_output >= sequence.request.final_output_tokens:
             return FinishReason.LENGTH
         return None
 

@@ -87,7 +87,7 @@ class Sequence:
     def num_schedulable(self) -> int:
         """Tokens that a step could compute now."""
         num_tokens = len(self.token_ids) + self.num_pending
-        if num_tokens - self.num_prompt_tokens >= self.request.max_output_tokens:
+        if num_tokens - self.num_prompt_tokens >= self.request.final_output_tokens:
             return 0  # everything that it may still yield is in flight
         return num_tokens - self.num_computed - self.num_in_flight
 
@@ -98,8 +98,14 @@ class Sequence:
 
     def demand(self, num_tokens: int, max_model_len: int) -> Demand:
         """What the allocator may know when it has to hold `num_tokens` tokens."""
-        prompt = self.num_prompt_tokens
-        return Demand(prompt, num_tokens, prompt + self.request.max_output_tokens, max_model_len)
+        prompt, request = self.num_prompt_tokens, self.request
+        return Demand(
+            prompt,
+            num_tokens,
+            prompt + request.final_output_tokens,
+            prompt + request.max_output_tokens,
+            max_model_len,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -116,6 +122,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_output_tokens: int  # params.max_tokens, or what the model's length leaves
+    final_output_tokens: int  # where it ends in any case: the above, or less in a replay
     seed: int  # params.seed, or one drawn for this request
     arrival_index: int
     metrics: RequestMetrics

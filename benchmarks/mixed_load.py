@@ -48,7 +48,11 @@ def main() -> int:
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         settings = ExperimentSettings(
-            model=args.model, dtype=args.dtype, workloads=(args.workload,), out=Path(folder)
+            model=args.model,
+            dtype=args.dtype,
+            workloads=(args.workload,),
+            axes=("budget",),
+            out=Path(folder),
         )
         plan = prepare(settings)
         for i in range(args.rounds):
@@ -60,7 +64,7 @@ def main() -> int:
         f"\n{workload.name}: {len(workload.requests)} requests, "
         f"{sum(len(r.token_ids) for r in workload.requests)} tokens in, "
         f"{workload.output_tokens} out; {args.dtype}, {plan.threads} threads, KV budget "
-        f"{plan.kv_memory >> 20} MiB, max length {plan.max_model_len}; {args.rounds} rounds"
+        f"{plan.grid.base.kv_memory >> 20} MiB, max length {plan.max_model_len}; {args.rounds} rounds"
     )
     print(f"{'':24}{'tok/s':>10}{'paged is so many times faster':>36}{'target':>10}")
     missed = False

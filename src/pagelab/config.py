@@ -41,6 +41,18 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def parse_share(text: str) -> float:
+    """Read a share of a whole: `0.05` or `5%`.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
+    if re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", number) is None:
+        raise ConfigError(f"not a share: {text!r} (write 0.05 or 5%)")
+    return float(number) / 100 if percent else float(number)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
     """The KV pool and who gets what of it.
@@ -49,7 +61,8 @@ class MemoryConfig:
         num_blocks: blocks in the pool.
         block_size: slots a block.
         max_model_len: tokens a request may reach; what `contiguous-max` reserves.
-        allocator: `paged`, `contiguous-max`, … (`pagelab.memory.allocators.ALLOCATORS`).
+        allocator: `paged`, `contiguous-max`, … (`pagelab.memory.allocators.ALLOCATORS`), or one's
+            own as `module:Class` or `file.py:Class`.
         placement: where contiguous ranges go: `buddy` or `first-fit`.
         prefix_caching: reuse blocks with the same content; off under contiguous allocators.
         watermark: share of the blocks that an admission must leave free.

@@ -12,6 +12,9 @@ For one request with arrival `a`, token times `t[0] … t[n-1]` and end `e`::
 - TPOT = (E2E − TTFT) / (n − 1), one figure a request, for n ≥ 2
 - E2E = e − a
 
+Goodput is requests a second that met every stated objective. A request with one token has no TPOT,
+so no objective for TPOT that it could miss.
+
 Requests that failed or were cancelled have no latencies. Where there is nothing to average
 (no gap, say, with one output token) a figure is 0.
 """
@@ -22,7 +25,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-from pagelab.results import MethodRun, RequestResult, Spread, Summary, WorkloadRun
+from pagelab.results import (
+    MethodRun,
+    Objectives,
+    RequestResult,
+    Spread,
+    Summary,
+    WorkloadRun,
+)
 
 
 def completed(requests: Iterable[RequestResult]) -> list[RequestResult]:
@@ -85,6 +95,22 @@ def output_rate(output_tokens: int, duration_s: float) -> float:
     return output_tokens / duration_s if duration_s > 0 else 0.0
 
 
+def meets(request: RequestResult, objectives: Objectives) -> bool:
+    """Whether a completed request was as fast as stated, in everything that is stated."""
+    values = (ttft(request), tpot(request), end_to_end(request))
+    limits = (objectives["ttft_s"], objectives["tpot_s"], objectives["e2e_s"])
+    return all(
+        value is None or limit is None or value <= limit
+        for value, limit in zip(values, limits, strict=True)
+    )
+
+
+def goodput(run: WorkloadRun, objectives: Objectives) -> float:
+    """Requests a second that met every objective; 0 when no time passed."""
+    good = sum(meets(request, objectives) for request in completed(run["requests"]))
+    return good / run["duration_s"] if run["duration_s"] > 0 else 0.0
+
+
 _FIGURES: dict[str, Callable[[WorkloadRun, list[RequestResult]], float]] = {
     "duration_s": lambda run, _: run["duration_s"],
     "output_tokens_per_s": lambda run, _: run["output_tokens_per_s"],
@@ -96,6 +122,10 @@ _FIGURES: dict[str, Callable[[WorkloadRun, list[RequestResult]], float]] = {
     "e2e_mean_s": lambda _, done: mean([end_to_end(r) for r in done]),
     "mean_running": lambda run, _: run["ledger"]["mean_running"],
     "live_share": lambda run, _: run["ledger"]["live"],
+    "num_preemptions": lambda run, _: run["num_preemptions"],
+    "recomputed_per_output_token": lambda run, _: (
+        run["recomputed_tokens"] / run["output_tokens"] if run["output_tokens"] else 0.0
+    ),
 }
 
 
@@ -103,19 +133,27 @@ def _pooled_itl(requests: Iterable[RequestResult]) -> list[float]:
     return [gap for request in requests for gap in inter_token_latencies(request)]
 
 
-def summarize(runs: Sequence[MethodRun]) -> list[Summary]:
-    """One entry for each method and workload, over every repeat that finished that workload.
+def summarize(runs: Sequence[MethodRun], objectives: Objectives | None = None) -> list[Summary]:
+    """One entry for each label and workload, over every repeat that finished that workload.
 
-    The peak RSS is the whole process's, so it is the same in all workloads of a method.
+    The peak RSS is the whole process's, so it is the same in all workloads of a run. Without
+    `objectives`, or where none is stated, there is no goodput.
     """
+    stated = objectives if objectives and any(v is not None for v in objectives.values()) else None
     groups: dict[tuple[str, str], list[tuple[MethodRun, WorkloadRun]]] = {}
     for run in runs:
         for workload in run["workloads"]:
             groups.setdefault((run["label"], workload["name"]), []).append((run, workload))
-    return [_summary(label, name, pairs) for (label, name), pairs in groups.items()]
+    return [_summary(label, name, pairs, stated) for (label, name), pairs in groups.items()]
 
 
-def _summary(label: str, name: str, pairs: list[tuple[MethodRun, WorkloadRun]]) -> Summary:
+def _summary(
+    label: str,
+    name: str,
+    pairs: list[tuple[MethodRun, WorkloadRun]],
+    objectives: Objectives | None,
+) -> Summary:
+    first = pairs[0][0]
     figures = {
         figure: spread([compute(w, completed(w["requests"])) for _, w in pairs])
         for figure, compute in _FIGURES.items()
@@ -123,6 +161,9 @@ def _summary(label: str, name: str, pairs: list[tuple[MethodRun, WorkloadRun]]) 
     return {
         "label": label,
         "workload": name,
+        "axis": first["axis"],
+        "settings": first["settings"],
+        "simulated": first["simulated"],
         "repeats": len(pairs),
         "duration_s": figures["duration_s"],
         "output_tokens_per_s": figures["output_tokens_per_s"],
@@ -135,4 +176,9 @@ def _summary(label: str, name: str, pairs: list[tuple[MethodRun, WorkloadRun]]) 
         "mean_running": figures["mean_running"],
         "peak_rss_bytes": spread([float(run["peak_rss_bytes"] or 0) for run, _ in pairs]),
         "live_share": figures["live_share"],
+        "goodput_per_s": None
+        if objectives is None
+        else spread([goodput(workload, objectives) for _, workload in pairs]),
+        "recomputed_per_output_token": figures["recomputed_per_output_token"],
+        "num_preemptions": figures["num_preemptions"],
     }

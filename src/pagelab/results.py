@@ -1,6 +1,6 @@
 """`results.json`: the record of one experiment. Every figure in a report comes from it.
 
-The types below are the schema (version 1); `docs/results-schema.json` is generated from them and
+The types below are the schema (version 2); `docs/results-schema.json` is generated from them and
 `load_results` validates against them. Times are seconds, sizes bytes, KV amounts slots (one slot
 holds one token's K/V in every layer), unless a name says otherwise.
 
@@ -8,16 +8,22 @@ holds one token's K/V in every layer), unless a name says otherwise.
 
     Results
     ├── environment            what it ran on (see `pagelab check --json`)
-    ├── experiment             what was asked: model, budget, workloads, sampling
-    ├── runs[]                 one per method and repeat, each from a process of its own
+    ├── experiment             what was asked: model, budgets, block sizes, workloads, sampling
+    ├── runs[]                 one per method, settings and repeat, each from its own process
     │   ├── startup, snapshots, memory
     │   └── workloads[]        one per workload
     │       ├── requests[]     tokens and times
     │       ├── steps          columns: the ledger, running, waiting, at every step
     │       └── block_events   who took and gave back which blocks, for the block map
-    ├── summary[]              per method and workload: figures over the repeats
+    ├── summary[]              per label and workload: figures over the repeats
     ├── equality[]             greedy outputs against the reference method's
     └── analysis[]             findings computed from the figures above
+
+A run is a cell of the grid: a method, an allocator and its settings. `label` names the cell, and
+is unique. The **base cell** is the one whose axis is "budget" and whose settings are the
+experiment's first values (`kv_memory_bytes`, `block_size`, `watermark`, `placement`); see
+`is_base`. Two fair axes: "budget" (the same bytes for all: concurrency and speed differ) and
+"batch" (the same number of requests at once for all: only the price of paging differs).
 """
 
 from __future__ import annotations
@@ -34,10 +40,11 @@ from typing_extensions import NotRequired, TypedDict  # noqa: UP035 (pydantic ne
 from pagelab.errors import ReportError
 
 SCHEMA = "pagelab.results"
-VERSION = 1
+VERSION = 2
 
 Status = Literal["ok", "failed", "unavailable", "interrupted"]
 Phase = Literal["traditional", "paged"]
+Axis = Literal["budget", "batch"]
 
 
 class ModelInfo(TypedDict):
@@ -55,21 +62,54 @@ class ModelInfo(TypedDict):
     kv_bytes_per_token: int  # in this experiment's dtype
 
 
+class RunSettings(TypedDict):
+    """Where a run stands in the grid."""
+
+    kv_memory_bytes: int
+    block_size: int
+    watermark: float
+    placement: str  # buddy, first-fit: matters to contiguous allocators only
+    max_num_seqs: int | None  # None: the scheduler's default
+
+
+class Counts(TypedDict):
+    """What became of the requests that a workload's source held."""
+
+    read: int
+    bad: int  # lines that could not be read, left out by --skip-bad
+    dropped: int  # too long, left out
+    clipped: int  # too long, cut
+    left_out: NotRequired[int]  # entries that hold no request, such as a trace's failed ones
+    first_bad: str | None  # what was wrong with the first bad line
+
+
+class Objectives(TypedDict):
+    """The stated service objectives; None: not stated."""
+
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float | None
+
+
 class RequestInfo(TypedDict):
     """One request as it was asked."""
 
     id: str
     prompt: str | None  # its text, shortened for display
     prompt_tokens: int
-    max_tokens: int
+    max_tokens: int  # what it generates, exactly
+    arrival_s: float  # after the workload's start
+    asked_tokens: int | None  # what its client asked for at most, where that is more
 
 
 class WorkloadInfo(TypedDict):
     """One workload as it was asked."""
 
-    name: str  # prompts, mixed, large
+    name: str  # prompts, mixed, sharegpt-like, azure_conv_2023, mixed@poisson:4, …
     title: str  # a sentence for people
     requests: list[RequestInfo]
+    rate: str | None  # how requests arrive, as asked by --rate; None: the workload's own way
+    counts: Counts | None  # None: its source leaves nothing out
 
 
 class ExperimentInfo(TypedDict):
@@ -78,15 +118,24 @@ class ExperimentInfo(TypedDict):
     command: str  # the command line that repeats it
     model: ModelInfo
     dtype: str
-    kv_memory_bytes: int
+    kv_memory_bytes: int  # this and the next three: the base cell's, the first of the lists below
     block_size: int
+    watermark: float
+    placement: str
+    kv_memories: list[int]
+    block_sizes: list[int]
+    watermarks: list[float]
+    placements: list[str]
+    batch: int | None  # requests at once on the same-batch axis; None: that axis was not run
     max_model_len: int
     max_num_batched_tokens: int
-    watermark: float
     repeats: int
     seed: int
     threads: int
     sampling: str  # "greedy, end-of-sequence ignored"
+    temperature: float
+    objectives: Objectives
+    cost_model: str | None  # of simulated runs
     workloads: list[WorkloadInfo]
 
 
@@ -162,6 +211,7 @@ class Steps(TypedDict):
     free: list[int]
     external: list[int]
     shared_saved: list[int]  # slots that sharing saves; not part of the sum
+    rounding: list[int]  # of `external`: lost to rounding a range up; not part of the sum
 
 
 class LedgerSummary(TypedDict):
@@ -173,6 +223,8 @@ class LedgerSummary(TypedDict):
     cached: float
     free: float
     external: float
+    rounding: float  # of `external`: lost to rounding a range up; not part of the sum
+    shared_saved: float  # what sharing saves; not part of the sum
     mean_running: float
     peak_running: int
     peak_live_slots: int
@@ -202,17 +254,24 @@ class WorkloadRun(TypedDict):
     # (into requests), -1: free, -2: cached. Everything is free before the first event.
     block_events: list[tuple[int, int, int]]
     preemptions: list[Preemption]
+    num_preemptions: int
+    recomputed_tokens: int  # computed again after a preemption
     prefix_queries: int  # tokens looked up
     prefix_hits: int
 
 
 class MethodRun(TypedDict):
-    """One method, once, in a process of its own."""
+    """One method with its settings, once, in a process of its own."""
 
-    method: str  # hf-generate, hf-static, pagelab
-    label: str  # unique: "hf-generate", "pagelab contiguous-max", "pagelab paged"
+    method: str  # hf-generate, hf-static, hf-continuous-batching, vllm, pagelab
+    # names the cell: "hf-generate", "pagelab paged", "pagelab paged, 64 MiB, block 8",
+    # "pagelab contiguous-max, first-fit", "pagelab paged, batch 2"
+    label: str
     phase: Phase
     allocator: str | None
+    axis: Axis
+    settings: RunSettings
+    simulated: bool  # by a cost model, under a virtual clock
     repeat: int
     status: Status
     reason: str | None  # why not ok, for people
@@ -235,10 +294,13 @@ class Spread(TypedDict):
 
 
 class Summary(TypedDict):
-    """One method on one workload, over its repeats. Formulas: docs/metrics.md."""
+    """One cell on one workload, over its repeats. Formulas: docs/metrics.md."""
 
     label: str
     workload: str
+    axis: Axis
+    settings: RunSettings
+    simulated: bool
     repeats: int
     duration_s: Spread
     output_tokens_per_s: Spread
@@ -251,6 +313,9 @@ class Summary(TypedDict):
     mean_running: Spread
     peak_rss_bytes: Spread
     live_share: Spread  # of the pool, time-weighted
+    goodput_per_s: Spread | None  # requests/s that meet every objective; None: none is stated
+    recomputed_per_output_token: Spread
+    num_preemptions: Spread
 
 
 class Difference(TypedDict):
@@ -297,6 +362,18 @@ class Results(TypedDict):
     summary: list[Summary]
     equality: list[Equality]
     analysis: list[Finding]
+
+
+def is_base(run: MethodRun | Summary, experiment: ExperimentInfo) -> bool:
+    """True for a run (or its summary) of the base cell: the one that charts show first."""
+    settings = run["settings"]
+    return (
+        run["axis"] == "budget"
+        and settings["kv_memory_bytes"] == experiment["kv_memory_bytes"]
+        and settings["block_size"] == experiment["block_size"]
+        and settings["watermark"] == experiment["watermark"]
+        and settings["placement"] == experiment["placement"]
+    )
 
 
 def load_results(path: Path) -> Results:

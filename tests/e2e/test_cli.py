@@ -99,7 +99,7 @@ def test_generate_reads_standard_input_and_prints_several_samples() -> None:
         (["x", "--kv-memory", "1"], "raise --kv-memory"),
         (["x", "--kv-memory", "lots"], "not a size in bytes"),
         (["x", "--block-size", "0"], "block_size must be"),
-        (["x", "--allocator", "best"], "choose one of contiguous-max, paged"),
+        (["x", "--allocator", "best"], "choose one of contiguous-max, contiguous-pow2"),
         (["x", "--attention", "best"], "choose auto or one of"),
         (["x", "--device", "tpu"], "use cpu, cuda"),
         (["x", "--max-model-len", "9999"], "lower --max-model-len"),

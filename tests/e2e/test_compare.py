@@ -27,6 +27,7 @@ from pagelab.workloads import Workload, WorkloadRequest
 from tests.support.tiny_models import tiny_model
 
 LABELS = ["hf-generate", "hf-static", "pagelab contiguous-max", "pagelab paged"]
+SAME_BATCH = "pagelab paged, batch 2"
 BYTES_PER_TOKEN = 512  # 2 layers, 2 K/V heads of 16, K and V, float32
 LENGTH = 128  # a power of two, so that buddy placement rounds nothing up
 
@@ -73,15 +74,15 @@ def small_workload() -> Workload:
 
 
 def run(model: Path, out: Path, facts: ModelFacts, **options: Any) -> Results:
-    settings = ExperimentSettings(
-        model=str(model),
-        out=out,
-        workloads=("prompts",),  # replaced below
-        **{"max_model_len": LENGTH, "kv_memory": 2 * LENGTH * BYTES_PER_TOKEN + 8192} | options,
-    )
+    fields: dict[str, Any] = {
+        "max_model_len": LENGTH,
+        "kv_memories": (2 * LENGTH * BYTES_PER_TOKEN + 8192,),
+        "workloads": ("prompts",),  # replaced below
+    }
+    settings = ExperimentSettings(model=str(model), out=out, **fields | options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pagelab.lab.experiment.load_workload", lambda name, seed: small_workload())
-        patch.setattr("pagelab.lab.experiment.random_ids", lambda workload, vocab, seed: workload)
+        patch.setattr("pagelab.lab.preparation.load_workload", lambda *_: small_workload())
+        patch.setattr("pagelab.lab.preparation.random_ids", lambda workload, vocab, seed: workload)
         plan = prepare(settings, facts)
     plan = dataclasses.replace(plan, threads=1)
     events: list[Event] = []
@@ -108,20 +109,20 @@ def only(results: Results, label: str) -> tuple[MethodRun, WorkloadRun]:
 def test_all_four_methods_run_in_their_phases(results: Results) -> None:
     assert results["complete"]
     assert [(r["label"], r["status"], r["reason"]) for r in results["runs"]] == [
-        (label, "ok", None) for label in LABELS
+        (label, "ok", None) for label in [*LABELS, SAME_BATCH]
     ]
-    assert [r["phase"] for r in results["runs"]] == ["traditional"] * 3 + ["paged"]
-    assert len({r["pid"] for r in results["runs"]} | {os.getpid()}) == 5
+    assert [r["phase"] for r in results["runs"]] == ["traditional"] * 3 + ["paged"] * 2
+    assert len({r["pid"] for r in results["runs"]} | {os.getpid()}) == 6
 
 
 def test_all_methods_give_the_same_tokens(results: Results) -> None:
     assert [(e["label"], e["equal"], e["total"]) for e in results["equality"]] == [
-        (label, 7, 7) for label in LABELS[1:]
+        (label, 7, 7) for label in [*LABELS[1:], SAME_BATCH]
     ]
     assert {e["reference"] for e in results["equality"]} == {"hf-generate"}
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", [*LABELS, SAME_BATCH])
 def test_each_request_gets_exactly_its_tokens_in_order_of_time(
     results: Results, label: str
 ) -> None:
@@ -138,7 +139,7 @@ def test_each_request_gets_exactly_its_tokens_in_order_of_time(
         assert times[-1] <= request["finish_s"] <= workload["duration_s"]
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", [*LABELS, SAME_BATCH])
 def test_the_ledger_is_the_pool_and_its_summary_adds_up(results: Results, label: str) -> None:
     found, workload = only(results, label)
     assert found["kv"] is not None
@@ -193,6 +194,16 @@ def test_contiguous_runs_two_and_paging_runs_more(results: Results) -> None:
     assert all(0 <= holder < 7 for _, _, holder in contiguous["block_events"] if holder >= 0)
 
 
+def test_at_the_same_batch_paging_runs_as_many_as_contiguous_max(results: Results) -> None:
+    found, workload = only(results, SAME_BATCH)
+    assert (found["axis"], found["settings"]["max_num_seqs"]) == ("batch", 2)
+    assert workload["ledger"]["peak_running"] == results["experiment"]["batch"] == 2
+    _, contiguous = only(results, "pagelab contiguous-max")
+    assert workload["steps"]["running"] == contiguous["steps"]["running"]  # step by step
+    assert workload["steps"]["live"] == contiguous["steps"]["live"]
+    assert any("same batch of 2" in finding["text"] for finding in results["analysis"])
+
+
 def test_snapshots_name_every_stage(results: Results) -> None:
     for found in results["runs"]:
         labels = [s["label"] for s in found["snapshots"]]
@@ -206,7 +217,7 @@ def test_snapshots_name_every_stage(results: Results) -> None:
 
 def test_conclusions_come_from_this_run(results: Results) -> None:
     labels = {entry["label"] for entry in results["summary"]}
-    assert labels == set(LABELS)
+    assert labels == {*LABELS, SAME_BATCH}
     for finding in results["analysis"]:
         assert finding["verdict"] in ("better", "worse", "same", "info")
         if "paged_output_tokens_per_s" in finding["figures"]:
@@ -219,7 +230,7 @@ def test_a_budget_without_a_row_makes_reserving_methods_unavailable(
     model: Path, tmp_path: Path
 ) -> None:
     facts = model_facts(str(model), "float32")
-    results = run(model, tmp_path, facts, kv_memory=127 * BYTES_PER_TOKEN, block_size=8)
+    results = run(model, tmp_path, facts, kv_memories=(127 * BYTES_PER_TOKEN,), block_sizes=(8,))
     assert [(r["status"], r["reason"]) for r in results["runs"]] == [
         ("ok", None),
         ("unavailable", ANY),
@@ -230,6 +241,35 @@ def test_a_budget_without_a_row_makes_reserving_methods_unavailable(
     assert [(e["label"], e["equal"]) for e in results["equality"]] == [("pagelab paged", 7)]
 
 
+def test_every_allocator_placement_and_watermark_gives_the_same_tokens(
+    model: Path, tmp_path: Path
+) -> None:
+    facts = model_facts(str(model), "float32")
+    results = run(
+        model,
+        tmp_path,
+        facts,
+        methods=("pagelab",),
+        allocators=("contiguous-pow2", "contiguous-oracle", "reserved-paged", "paged"),
+        block_sizes=(1,),
+        watermarks=(0.05, 0.0),
+        placements=("buddy", "first-fit"),
+        axes=("budget",),
+    )
+    assert [r["status"] for r in results["runs"]] == ["ok"] * (2 + 2 + 1 + 2)
+    assert all(entry["equal"] == 7 for entry in results["equality"])
+    assert len(results["equality"]) == 6
+    by_label = {r["label"]: r["workloads"][0] for r in results["runs"]}
+    assert max(by_label["pagelab contiguous-oracle, buddy"]["steps"]["rounding"]) > 0
+    assert set(by_label["pagelab contiguous-oracle, first-fit"]["steps"]["rounding"]) == {0}
+    tail = by_label["pagelab paged, watermark 5 %"]["steps"]
+    assert set(tail["internal"]) == {0}  # blocks of one slot have no tail
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    assert len(lines) == sum(len(w["steps"]["t"]) for w in by_label.values())
+    assert {json.loads(line)["label"] for line in lines} == set(by_label)
+    assert load_results(tmp_path / "results.json") == results
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mistral"])
 def test_padded_batches_say_the_same_in_other_families(name: str, tmp_path: Path) -> None:
     folder = tiny_model(name)
@@ -237,10 +277,11 @@ def test_padded_batches_say_the_same_in_other_families(name: str, tmp_path: Path
     assert facts.encode is not None
     assert facts.encode("hé") == [104, 195, 169]  # no special tokens
     bytes_per_token = facts.info["kv_bytes_per_token"]
-    results = run(folder, tmp_path, facts, kv_memory=3 * LENGTH * bytes_per_token)
-    assert [r["status"] for r in results["runs"]] == ["ok"] * 4
+    results = run(folder, tmp_path, facts, kv_memories=(3 * LENGTH * bytes_per_token,))
+    assert [r["status"] for r in results["runs"]] == ["ok"] * 5
     assert [(e["label"], e["equal"]) for e in results["equality"]] == [
-        (label, 7) for label in LABELS[1:]
+        (label, 7)
+        for label in [*LABELS[1:], f"pagelab paged, batch {results['experiment']['batch']}"]
     ]
 
 
@@ -251,14 +292,14 @@ def test_the_default_experiment_is_planned_without_torch(default_model: ModelSou
         "from pagelab.lab.settings import ExperimentSettings;"
         "plan = prepare(ExperimentSettings());"
         "print(json.dumps([[len(r.token_ids) for r in w.requests] for w in plan.workloads]));"
-        "print(plan.kv_memory, plan.max_model_len, 'torch' in sys.modules)"
+        "print(plan.grid.base.kv_memory, plan.max_model_len, plan.batch, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lengths, figures = done.stdout.splitlines()
     prompts, mixed = json.loads(lengths)
     assert prompts == [2, 13, 111, 2]
     assert sum(mixed) == 1001
-    assert figures == f"{192 << 20} 2048 False"
+    assert figures == f"{192 << 20} 2048 2 False"
 
 
 def test_a_missing_model_is_an_error_before_anything_runs(tmp_path: Path) -> None:

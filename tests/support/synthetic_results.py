@@ -22,10 +22,12 @@ from pagelab.results import (
     LedgerSummary,
     MemorySamples,
     MethodRun,
+    Objectives,
     Preemption,
     RequestInfo,
     RequestResult,
     Results,
+    RunSettings,
     Snapshot,
     Steps,
     Summary,
@@ -36,7 +38,8 @@ from pagelab.results import (
 BLOCK = 16
 KV_BYTES_PER_TOKEN = 46_080  # SmolLM2-135M in float32
 STATES = ("live", "reserved", "internal", "cached", "free", "external")
-STEP_COLUMNS = ("t", "new_tokens", "running", "waiting", *STATES, "shared_saved")
+STEP_COLUMNS = ("t", "new_tokens", "running", "waiting", *STATES, "shared_saved", "rounding")
+OBJECTIVES: Objectives = {"ttft_s": 2.0, "tpot_s": 0.2, "e2e_s": None}
 MIB = 1 << 20
 PROMPTS = (
     ("Hello!", 2),
@@ -200,6 +203,7 @@ class _Pool:
             "free": len(self.free) * BLOCK - small,
             "external": small,
             "shared_saved": 0,
+            "rounding": 0,
         }
         for name, value in row.items():
             self.steps[name].append(value)
@@ -261,7 +265,7 @@ def _rows_run(workload: WorkloadInfo, shape: Shape, *, rows: int, pace: float) -
             held = live if rows == 1 else len(batch) * shape.max_model_len
             reserved = min(later, held - live)
             row = (now * pace, new, len(batch), len(sequences) - first - len(batch))
-            states = (live, reserved, held - live - reserved, 0, slots - held, 0, 0)
+            states = (live, reserved, held - live - reserved, 0, slots - held, 0, 0, 0)
             for name, value in zip(
                 STEP_COLUMNS, (round(row[0], 4), *row[1:], *states), strict=True
             ):
@@ -293,6 +297,8 @@ def _workload_run(
         "ledger": _ledger_summary(steps),
         "block_events": events,
         "preemptions": [{**p, "request": ids[p["request"]]} for p in preemptions],
+        "num_preemptions": len(preemptions),
+        "recomputed_tokens": sum(s.recomputed for s in sequences),
         "prefix_queries": 0,
         "prefix_hits": 0,
     }
@@ -319,8 +325,11 @@ def _ledger_summary(steps: Steps) -> LedgerSummary:
     ends = steps["t"]
     spans = [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)]
     total = sum(spans)
-    columns: dict[str, list[int]] = {name: steps[name] for name in STATES}  # type: ignore[literal-required]
-    pool = sum(column[0] for column in columns.values())
+    columns: dict[str, list[int]] = {
+        name: steps[name]  # type: ignore[literal-required]
+        for name in (*STATES, "rounding", "shared_saved")
+    }
+    pool = sum(columns[name][0] for name in STATES)
     shares = {
         name: sum(v * s for v, s in zip(column, spans, strict=True)) / (pool * total)
         for name, column in columns.items()
@@ -367,9 +376,11 @@ def make_results(
         last["status"], last["reason"] = "interrupted", "Ctrl-C"
         last["workloads"] = [w for w in last["workloads"] if w["name"] == "prompts"]
     if failed:
-        runs.insert(1, _missing_run("hf-continuous-batching", "failed", "worker ended: signal 9"))
-        runs.append(_missing_run("vllm", "unavailable", "vllm is not installed"))
-    summary = metrics.summarize(runs)
+        base = base_settings(shape)
+        missing = _missing_run("hf-continuous-batching", "failed", "worker ended: signal 9", base)
+        runs.insert(1, missing)
+        runs.append(_missing_run("vllm", "unavailable", "vllm is not installed", base))
+    summary = metrics.summarize(runs, OBJECTIVES)
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -409,7 +420,14 @@ def make_long_results() -> Results:
 def _workloads(shape: Shape, seed: int) -> list[WorkloadInfo]:
     rng = random.Random(seed)
     prompts: list[RequestInfo] = [
-        {"id": f"prompt-{i}", "prompt": text, "prompt_tokens": tokens, "max_tokens": 50}
+        {
+            "id": f"prompt-{i}",
+            "prompt": text,
+            "prompt_tokens": tokens,
+            "max_tokens": 50,
+            "arrival_s": 0.0,
+            "asked_tokens": None,
+        }
         for i, (text, tokens) in enumerate(PROMPTS, 1)
     ]
     mixed: list[RequestInfo] = []
@@ -421,14 +439,24 @@ def _workloads(shape: Shape, seed: int) -> list[WorkloadInfo]:
                 "prompt": f"Write about the {rng.choice(['sea', 'wind', 'city', 'moon'])} …",
                 "prompt_tokens": min(high, round(low * (high / low) ** rng.random())),
                 "max_tokens": rng.randint(*shape.mixed_output),
+                "arrival_s": 0.0,
+                "asked_tokens": None,
             }
         )
     return [
-        {"name": "prompts", "title": "four prompts, 50 new tokens each", "requests": prompts},
+        {
+            "name": "prompts",
+            "title": "four prompts, 50 new tokens each",
+            "requests": prompts,
+            "rate": None,
+            "counts": None,
+        },
         {
             "name": "mixed",
             "title": f"{shape.mixed_requests} requests of very different lengths, all at once",
             "requests": mixed,
+            "rate": None,
+            "counts": None,
         },
     ]
 
@@ -457,10 +485,19 @@ def _experiment(
         "max_model_len": shape.max_model_len,
         "max_num_batched_tokens": shape.token_budget,
         "watermark": 0.05,
+        "placement": "buddy",
+        "kv_memories": [kv_bytes],
+        "block_sizes": [BLOCK],
+        "watermarks": [0.05],
+        "placements": ["buddy"],
+        "batch": None,
         "repeats": repeats,
         "seed": seed,
         "threads": 2,
         "sampling": "greedy, end-of-sequence ignored",
+        "temperature": 0.0,
+        "objectives": OBJECTIVES,
+        "cost_model": None,
         "workloads": workloads,
     }
 
@@ -481,6 +518,9 @@ def _method_run(label: str, shape: Shape, workloads: list[WorkloadInfo], repeat:
         "label": label,
         "phase": "paged" if paged else "traditional",
         "allocator": label.split()[1] if " " in label else None,
+        "axis": "budget",
+        "settings": base_settings(shape),
+        "simulated": False,
         "repeat": repeat,
         "status": "ok",
         "reason": None,
@@ -492,6 +532,18 @@ def _method_run(label: str, shape: Shape, workloads: list[WorkloadInfo], repeat:
         "peak_rss_bytes": max(memory["rss_bytes"]),
         "peak_device_bytes": None,
         "workloads": done,
+    }
+
+
+def base_settings(shape: Shape | None = None) -> RunSettings:
+    """Of the base cell."""
+    shape = shape or Shape()
+    return {
+        "kv_memory_bytes": shape.pool_blocks * BLOCK * KV_BYTES_PER_TOKEN,
+        "block_size": BLOCK,
+        "watermark": 0.05,
+        "placement": "buddy",
+        "max_num_seqs": None,
     }
 
 
@@ -544,12 +596,15 @@ def _memory(label: str, done: list[WorkloadRun]) -> tuple[MemorySamples, list[Sn
     return samples, snapshots
 
 
-def _missing_run(label: str, status: Any, reason: str) -> MethodRun:
+def _missing_run(label: str, status: Any, reason: str, settings: RunSettings) -> MethodRun:
     return {
         "method": label,
         "label": label,
         "phase": "paged",
         "allocator": None,
+        "axis": "budget",
+        "settings": settings,
+        "simulated": False,
         "repeat": 0,
         "status": status,
         "reason": reason,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from pagelab.lab.analysis import analyse, compare_spreads
+from pagelab.lab.analysis import analyse
+from pagelab.lab.comparison import compare_spreads
 from pagelab.lab.equality import compare_outputs, first_difference
 from pagelab.metrics import summarize
 from pagelab.results import Finding, MethodRun, Spread
-from tests.unit.test_lab_fakes import method_run, request_result, workload_run
+from tests.unit.test_lab_fakes import (
+    experiment_info,
+    method_run,
+    request_result,
+    workload_run,
+)
 
-BUDGET = 192 << 20
+ASKED = experiment_info()
 
 
 def spread(median: float, low: float | None = None, high: float | None = None) -> Spread:
@@ -33,10 +41,10 @@ def run(
     peak: int = 1 << 30,
     preempted: int = 0,
     recomputed: int = 0,
+    **cell_of: Any,
 ) -> MethodRun:
     """A run with 100 output tokens at `rate` a second."""
     request = request_result("a", list(range(100)), [ttft] * 100)
-    request["recomputed_tokens"] = recomputed
     workload = workload_run(
         "mixed",
         [request],
@@ -45,12 +53,13 @@ def run(
         internal=internal,
         running=running,
     )
-    workload["preemptions"] = [{"step": 0, "request": "a", "tokens": 9}] * preempted
-    return method_run(label, [workload], repeat=repeat, peak=peak)
+    workload["num_preemptions"], workload["recomputed_tokens"] = preempted, recomputed
+    return method_run(label, [workload], repeat=repeat, peak=peak, **cell_of)
 
 
-def findings(*runs: MethodRun) -> list[Finding]:
-    return analyse(runs, summarize(runs), compare_outputs(runs), BUDGET)
+def findings(*runs: MethodRun, **asked: Any) -> list[Finding]:
+    info = experiment_info(**asked)
+    return analyse(info, runs, summarize(runs, info["objectives"]), compare_outputs(runs))
 
 
 def about(found: list[Finding], *words: str) -> Finding:
@@ -176,8 +185,8 @@ def test_paging_that_wastes_more_is_said_to() -> None:
     ("preempted", "recomputed", "verdict", "words"),
     [
         (0, 0, "info", "preempted nobody"),
-        (1, 4, "info", "preempted 1 times and recomputed 4 tokens, 0.04"),
-        (3, 60, "worse", "preempted 3 times and recomputed 60 tokens, 0.60"),
+        (1, 4, "info", "preempted 1 times and recomputed 0.04 tokens for each"),
+        (3, 60, "worse", "preempted 3 times and recomputed 0.60 tokens for each"),
     ],
 )
 def test_preemptions_have_a_price(
@@ -206,7 +215,7 @@ def test_one_repeat_says_that_the_spread_is_unknown() -> None:
 
 def test_a_busy_machine_is_said_to_be() -> None:
     runs = [run("hf-static", 10), run("pagelab paged", 20)]
-    found = analyse(runs, summarize(runs), [], BUDGET, {"hf-static": 0.1, "pagelab paged": 0.8})
+    found = analyse(ASKED, runs, summarize(runs), [], {"hf-static": 0.1, "pagelab paged": 0.8})
     finding = about(found, "not idle")
     assert "0.8 while pagelab paged ran" in finding["text"]
     assert finding["figures"] == {"pagelab paged: other cores": 0.8}
@@ -261,7 +270,7 @@ def test_outputs_are_compared_with_the_first_method_that_finished() -> None:
     assert (entry["reference"], entry["label"]) == ("hf-static", "pagelab paged")
     assert (entry["equal"], entry["total"]) == (1, 2)
     assert [d["request"] for d in entry["differences"]] == ["b"]
-    found = analyse(runs, summarize(runs), [entry], BUDGET)
+    found = analyse(ASKED, runs, summarize(runs), [entry])
     assert about(found, "other tokens")["text"] == (
         "pagelab paged gave other tokens than hf-static for 1 of 2; the earliest at position 1 "
         "of b."
@@ -270,5 +279,5 @@ def test_outputs_are_compared_with_the_first_method_that_finished() -> None:
 
 def test_equal_outputs_are_said_to_be() -> None:
     runs = [outputs("hf-generate", {"a": [1]}), outputs("pagelab paged", {"a": [1]})]
-    found = analyse(runs, summarize(runs), compare_outputs(runs), BUDGET)
+    found = analyse(ASKED, runs, summarize(runs), compare_outputs(runs))
     assert about(found, "the same tokens")["figures"] == {"equal": 1.0, "total": 1.0}

@@ -28,8 +28,14 @@ from pagelab.lab.events import (
 )
 from pagelab.lab.experiment import Plan, prepare, run_experiment
 from pagelab.lab.model_facts import ModelFacts
+from pagelab.lab.preparation import experiment_info
 from pagelab.lab.progress import CompareProgress
-from pagelab.lab.settings import ExperimentSettings, default_kv_memory
+from pagelab.lab.settings import (
+    ExperimentSettings,
+    default_kv_memory,
+    format_objectives,
+    parse_objectives,
+)
 from pagelab.results import Results, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,12 +160,8 @@ def test_ctrl_c_at_the_pause_keeps_the_first_phase(tmp_path: Path) -> None:
 
 SECOND_WORKLOAD = """
 import dataclasses
-import pagelab.workloads as workloads
-workloads._BUILDERS["second"] = lambda seed: dataclasses.replace(
-    workloads.seed_prompts(), name="second"
-)
-import pagelab.lab.settings as lab_settings
-lab_settings.WORKLOADS = tuple(workloads._BUILDERS)
+from pagelab.workloads import named
+named.BUILDERS["second"] = lambda seed: dataclasses.replace(named.seed_prompts(), name="second")
 """
 
 CTRL_C = """
@@ -217,22 +219,40 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"workloads": ("mxied",)}, "--workload takes prompts, mixed, large"),
         ({"workloads": ()}, "--workload is empty"),
-        ({"workloads": ("mixed", "mixed")}, "twice"),
-        ({"methods": ("hf",)}, "--methods takes hf-generate"),
-        ({"methods": ("hf-static", "hf-static")}, "twice"),
-        ({"allocators": ("buddy",)}, "--allocators takes contiguous-max, paged"),
-        ({"allocators": (), "methods": ("pagelab",)}, "nothing to compare"),
+        ({"workloads": ("mixed", "mixed")}, "--workload names mixed twice"),
+        ({"rates": ("fast",)}, "no rate 'fast': --rate takes burst"),
+        ({"rates": ("4", "4")}, "--rate names 4 twice"),
+        ({"num_requests": 0}, "--requests must be at least 1"),
+        ({"too_long": "cut"}, "--too-long takes drop, clip or error"),
+        ({"asked_tokens": 0}, "--asked-tokens must be at least 1"),
+        ({"methods": ("hf",)}, "--methods takes hf-generate, hf-static, hf-continuous-batching"),
+        ({"methods": ("hf-static", "hf-static")}, "--methods names a method twice"),
+        ({"methods": ()}, "--methods is empty"),
+        ({"allocators": ("paged", "paged")}, "--allocators names paged twice"),
+        ({"allocators": (), "methods": ("pagelab",)}, "--allocators is empty"),
+        ({"axes": ()}, "--axes is empty"),
+        ({"axes": ("bytes",)}, "--axes takes budget, batch, not 'bytes'"),
+        ({"batch": 0}, "--batch must be at least 1"),
+        ({"batch": 2, "axes": ("budget",)}, "--batch .* add batch to --axes"),
+        ({"placements": ("worst-fit",)}, "--placement takes buddy, first-fit, not 'worst-fit'"),
+        ({"placements": ()}, "--placement is empty"),
         ({"dtype": "int3"}, "--dtype takes float32"),
         ({"repeats": 0}, "--repeats"),
-        ({"block_size": 0}, "--block-size"),
-        ({"kv_memory": 0}, "--kv-memory"),
+        ({"block_sizes": (16, 0)}, "--block-size must be from 1 to 256, not 0"),
+        ({"block_sizes": (300,)}, "--block-size must be from 1 to 256, not 300"),
+        ({"block_sizes": ()}, "--block-size is empty"),
+        ({"block_sizes": (8, 8)}, "--block-size names 8 twice"),
+        ({"kv_memories": (1 << 20, 0)}, "--kv-memory must be at least 1, not 0"),
+        ({"kv_memories": ()}, "--kv-memory is empty"),
+        ({"temperature": -1.0}, "--temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "--temperature"),
         ({"max_model_len": -1}, "--max-model-len"),
         ({"threads": 0}, "--threads"),
         ({"max_num_batched_tokens": 0}, "--max-num-batched-tokens"),
-        ({"watermark": 1.0}, "--watermark"),
-        ({"watermark": float("nan")}, "--watermark"),
+        ({"watermarks": (0.01, 1.5)}, "--watermark must be from 0 to below 1, not 1.5"),
+        ({"watermarks": (float("nan"),)}, "--watermark"),
+        ({"watermarks": ()}, "--watermark is empty"),
         ({"silence_timeout_s": 0}, "timeout"),
     ],
 )
@@ -257,7 +277,7 @@ def test_a_request_longer_than_the_length_or_the_budget_is_refused_with_figures(
     with pytest.raises(ConfigError, match="more than --max-model-len 100"):
         plan(max_model_len=100)
     with pytest.raises(ConfigError, match=r"holds 62 tokens, and prompt-2 .* needs 183"):
-        plan(kv_memory=1000)
+        plan(kv_memories=(1 << 20, 1000))
 
 
 def test_the_default_budget_holds_two_requests_of_the_maximum_length() -> None:
@@ -265,7 +285,7 @@ def test_the_default_budget_holds_two_requests_of_the_maximum_length() -> None:
     assert smollm2 == 192 << 20
     assert smollm2 // 46_080 // 2048 == gpt2 // 73_728 // 1024 == 2
     assert default_kv_memory(512, 512) // 512 == 512 * 17 // 8
-    assert plan().kv_memory == default_kv_memory(2048, 16)
+    assert plan().grid.kv_memories == (default_kv_memory(2048, 16),)
 
 
 def test_all_methods_are_told_the_same() -> None:
@@ -276,21 +296,198 @@ def test_all_methods_are_told_the_same() -> None:
         ("hf-static", None),
         ("pagelab", "contiguous-max"),
         ("pagelab", "paged"),
+        ("pagelab", "paged"),
     ]
-    same = {dataclasses.replace(job, method="", allocator=None) for job in jobs}
+    assert jobs[-1].max_num_seqs == whole.batch == 2  # what contiguous-max holds at once
+    same = {dataclasses.replace(job, method="", allocator=None, max_num_seqs=None) for job in jobs}
     assert len(same) == 1
 
 
 def test_the_command_line_repeats_the_experiment() -> None:
     assert ExperimentSettings().command_line() == "pagelab compare"
     asked = ExperimentSettings(
-        model="my model", workloads=("mixed", "large"), kv_memory=1 << 20, dtype="bfloat16"
+        model="my model",
+        workloads=("mixed", "large"),
+        kv_memories=(1 << 20, 1 << 21),
+        dtype="bfloat16",
+        skip_bad=True,
+        objectives=parse_objectives("e2e=9"),
     )
     assert asked.command_line() == (
-        "pagelab compare --model 'my model' --workload mixed,large --kv-memory 1048576 "
-        "--dtype bfloat16"
+        "pagelab compare --model 'my model' --workload mixed,large --skip-bad "
+        "--kv-memory 1048576,2097152 --dtype bfloat16 --objective e2e=9"
     )
     assert ExperimentSettings(command="pagelab compare -x").command_line() == "pagelab compare -x"
+
+
+def test_a_workload_that_does_not_exist_is_said_before_the_model_is_looked_for() -> None:
+    asked = ExperimentSettings(model="no/such/model", workloads=("mxied",))
+    with pytest.raises(ConfigError, match="no workload 'mxied': --workload takes seed, prompts"):
+        prepare(asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("ttft=2,tpot=0.2", (2, 0.2, None)),
+        ("e2e=30", (None, None, 30)),
+        (" tpot = 1e-3 ", (None, 0.001, None)),
+        ("none", (None, None, None)),
+    ],
+)
+def test_objectives_are_seconds(text: str, stated: tuple[float | None, ...]) -> None:
+    found = parse_objectives(text)
+    assert tuple(found.values()) == stated
+    assert parse_objectives(format_objectives(found)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ttft",
+        "ttft=",
+        "ttft=x",
+        "ttft=0",
+        "ttft=-1",
+        "ttft=nan",
+        "ttft=inf",
+        "itl=1",
+        "ttft=1,ttft=2",
+        "ttft=1,,tpot=1",
+        "none,ttft=1",
+    ],
+)
+def test_what_is_no_objective_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--objective .* ttft, tpot and e2e"):
+        parse_objectives(text)
+
+
+def test_every_rate_makes_a_workload_of_its_own() -> None:
+    whole = plan(workloads=("mixed", "uniform:in=4,out=2,n=3"), rates=("burst", "poisson:4"))
+    assert [workload.name for workload in whole.workloads] == [
+        "mixed@burst",
+        "mixed@poisson:4",
+        "uniform-4..4-2..2-n3@burst",
+        "uniform-4..4-2..2-n3@poisson:4",
+    ]
+    burst, poisson = whole.workloads[:2]
+    assert {request.arrival_s for request in burst.requests} == {0.0}
+    assert len({request.arrival_s for request in poisson.requests}) == 24
+    assert [r.token_ids for r in burst.requests] == [r.token_ids for r in poisson.requests]
+    info = experiment_info(whole)
+    assert [workload["rate"] for workload in info["workloads"]] == ["burst", "poisson:4"] * 2
+    assert info["workloads"][1]["requests"][1]["arrival_s"] > 0
+
+
+def test_a_traces_requests_are_taken_clipped_and_counted(tmp_path: Path) -> None:
+    trace = tmp_path / "mine.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,30,5\n1,90,20\nx,1,1\n2,10,3\n")
+    options: dict[str, Any] = {"workloads": (str(trace),), "max_model_len": 64, "skip_bad": True}
+    (workload,) = plan(too_long="clip", asked_tokens=16, **options).workloads
+    assert [(len(r.token_ids), r.max_tokens, r.asked_tokens) for r in workload.requests] == [
+        (30, 5, 16),
+        (44, 20, None),
+        (10, 3, 16),
+    ]
+    info = experiment_info(plan(too_long="drop", **options))["workloads"][0]
+    assert info["name"] == "mine"
+    assert info["counts"] is not None
+    counts = info["counts"]
+    assert (counts["read"], counts["dropped"], counts["bad"]) == (3, 1, 1)
+    assert "line 4" in str(counts["first_bad"])
+    with pytest.raises(ConfigError, match=r"--too-long drop\|clip"):
+        plan(**options)
+    with pytest.raises(ConfigError, match="--skip-bad"):
+        plan(**{**options, "skip_bad": False, "too_long": "drop"})
+
+
+def test_two_workloads_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.csv").write_text("arrival_s,input_tokens,output_tokens\n0,3,5\n")
+    both = (str(tmp_path / "a" / "x.csv"), str(tmp_path / "b" / "x.csv"))
+    with pytest.raises(ConfigError, match=r"two workloads are called x: .*--workload"):
+        plan(workloads=both)
+
+
+def test_the_same_batch_is_what_contiguous_max_holds_or_what_is_asked() -> None:
+    def batch(**options: Any) -> tuple[int | None, list[str]]:
+        whole = plan(methods=("pagelab",), **options)
+        return whole.batch, [v.label for v in whole.variants if v.axis == "batch"]
+
+    assert batch() == (2, ["pagelab paged, batch 2"])
+    assert batch(batch=1) == (1, ["pagelab contiguous-max, batch 1", "pagelab paged, batch 1"])
+    assert batch(axes=("budget",)) == (None, [])
+    assert batch(allocators=("paged",)) == (None, [])
+    assert batch(allocators=("paged",), batch=7) == (7, ["pagelab paged, batch 7"])
+    with pytest.raises(ConfigError, match="--batch 3 is more than contiguous-max holds at once, 2"):
+        batch(batch=3)
+    with pytest.raises(ConfigError, match="--batch needs the method pagelab"):
+        plan(methods=("hf-static",), batch=3)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        batch(allocators=("paged",), axes=("batch",))
+
+
+def test_every_combination_is_told_to_its_method() -> None:
+    whole = plan(
+        methods=("pagelab",),
+        allocators=("contiguous-oracle", "paged"),
+        kv_memories=(1 << 20, 1 << 19),
+        block_sizes=(8, 32),
+        watermarks=(0.0, 0.1),
+        placements=("buddy", "first-fit"),
+        temperature=0.5,
+    )
+    jobs = [whole.job(variant) for variant in whole.variants]
+    told = [tuple(job.settings().values())[:4] for job in jobs if job.allocator == "paged"]
+    assert told == [
+        (memory, size, watermark, "buddy")
+        for memory in (1 << 20, 1 << 19)
+        for size in (8, 32)
+        for watermark in (0.0, 0.1)
+    ]
+    others = [job for job in jobs if job.allocator == "contiguous-oracle"]
+    assert {(job.watermark, job.placement) for job in others} == {
+        (0.0, "buddy"),
+        (0.0, "first-fit"),
+    }
+    assert {job.temperature for job in jobs} == {0.5}
+    info = experiment_info(whole)
+    assert (info["kv_memory_bytes"], info["block_size"], info["watermark"]) == (1 << 20, 8, 0.0)
+    assert info["sampling"].startswith("temperature 0.5, seed 0")
+
+
+def test_the_ledger_of_every_step_is_written_line_by_line(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text("of an older run\n")
+    results = experiment(settings(tmp_path, "Honest", "Unavailable", repeats=2))
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    steps = results["runs"][0]["workloads"][0]["steps"]
+    assert len(lines) == 2 * len(steps["t"]) == 2 * 200
+    assert lines[3] == {
+        "label": results["runs"][0]["label"],
+        "workload": "prompts",
+        "repeat": 0,
+        "step": 3,
+        "t": steps["t"][3],
+        "running": 1,
+        "waiting": 0,
+        "live": 4,
+        "reserved": 0,
+        "internal": 3,
+        "cached": 0,
+        "free": 993,
+        "external": 0,
+        "rounding": 0,
+        "shared_saved": 0,
+    }
+    assert [line["repeat"] for line in lines] == [0] * 200 + [1] * 200
+
+
+def test_sampled_outputs_are_not_compared(tmp_path: Path) -> None:
+    results = experiment(settings(tmp_path, "Honest", "Different", temperature=0.7))
+    assert results["equality"] == []
+    assert "not compared" in json.dumps(results["analysis"])
 
 
 # What is shown

@@ -16,10 +16,13 @@ from pagelab.lab.methods.recording import request_result as make_request_result
 from pagelab.lab.methods.recording import workload_run as make_workload_run
 from pagelab.lab.protocol import MethodUnavailableError
 from pagelab.results import (
+    Axis,
+    ExperimentInfo,
     KVCapacity,
     LedgerSummary,
     MethodRun,
     RequestResult,
+    RunSettings,
     Status,
     WorkloadRun,
 )
@@ -175,6 +178,8 @@ def workload_run(
         "cached": 0.0,
         "free": 1.0 - live - internal,
         "external": 0.0,
+        "rounding": 0.0,
+        "shared_saved": 0.0,
         "mean_running": running,
         "peak_running": int(running),
         "peak_live_slots": 0,
@@ -191,6 +196,8 @@ def workload_run(
         "ledger": ledger,
         "block_events": [],
         "preemptions": [],
+        "num_preemptions": 0,
+        "recomputed_tokens": 0,
         "prefix_queries": 0,
         "prefix_hits": 0,
     }
@@ -204,13 +211,20 @@ def method_run(
     status: Status = "ok",
     peak: int | None = 100,
     reason: str | None = None,
+    axis: Axis = "budget",
+    settings: RunSettings | None = None,
+    simulated: bool = False,
 ) -> MethodRun:
-    """A run by hand."""
+    """A run by hand; `label` is a method or `pagelab allocator`, perhaps with its cell behind."""
+    words = label.partition(",")[0].split()
     return {
-        "method": label.split()[0],
+        "method": words[0],
         "label": label,
-        "phase": "paged" if label == "pagelab paged" else "traditional",
-        "allocator": label.split()[1] if " " in label else None,
+        "phase": "paged" if words[1:] == ["paged"] else "traditional",
+        "allocator": words[1] if len(words) > 1 else None,
+        "axis": axis,
+        "settings": settings or cell(),
+        "simulated": simulated,
         "repeat": repeat,
         "status": status,
         "reason": reason,
@@ -223,3 +237,58 @@ def method_run(
         "peak_device_bytes": None,
         "workloads": workloads,
     }
+
+
+BUDGET = 192 << 20
+
+
+def cell(**values: object) -> RunSettings:
+    """The base cell, with some settings of another."""
+    base = {
+        "kv_memory_bytes": BUDGET,
+        "block_size": 16,
+        "watermark": 0.05,
+        "placement": "buddy",
+        "max_num_seqs": None,
+    }
+    return {**base, **values}  # type: ignore[typeddict-item]
+
+
+def experiment_info(**values: object) -> ExperimentInfo:
+    """What was asked, by hand: the base cell alone."""
+    asked: ExperimentInfo = {
+        "command": "pagelab compare",
+        "model": {
+            "name": "fake",
+            "source": "nowhere",
+            "architecture": "llama",
+            "num_parameters": 1000,
+            "num_layers": 1,
+            "num_heads": 1,
+            "num_kv_heads": 1,
+            "head_dim": 2,
+            "vocab_size": 100,
+            "kv_bytes_per_token": 16,
+        },
+        "dtype": "float32",
+        "kv_memory_bytes": BUDGET,
+        "block_size": 16,
+        "watermark": 0.05,
+        "placement": "buddy",
+        "kv_memories": [BUDGET],
+        "block_sizes": [16],
+        "watermarks": [0.05],
+        "placements": ["buddy"],
+        "batch": None,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "repeats": 1,
+        "seed": 0,
+        "threads": 1,
+        "sampling": "greedy",
+        "temperature": 0.0,
+        "objectives": {"ttft_s": None, "tpot_s": None, "e2e_s": None},
+        "cost_model": None,
+        "workloads": [],
+    }
+    return {**asked, **values}  # type: ignore[typeddict-item]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pagelab.lab.events import Event, ProgressMade, StageReached, WorkloadFinished
-from pagelab.lab.methods import Variant, method_path, variants
+from pagelab.lab.methods import METHODS, Variant, method_path
 from pagelab.lab.process import WORKER, log_tail, run_method
 from pagelab.lab.protocol import PROTOCOL, Channel, Job, parse_event
 from pagelab.results import MethodRun, Startup
@@ -239,14 +239,9 @@ def test_an_event_that_is_incomplete_names_the_field() -> None:
 
 
 def test_every_method_that_is_named_can_be_found() -> None:
-    for name in ("hf-generate", "hf-static", "pagelab"):
+    for name in METHODS:
         module, _ = method_path(name)
         assert (ROOT / "src" / Path(*module.split("."))).with_suffix(".py").is_file()
-
-
-def test_the_paged_phase_comes_last() -> None:
-    labels = [v.label for v in variants(("pagelab", "hf-static"), ("paged", "contiguous-max"))]
-    assert labels == ["pagelab contiguous-max", "hf-static", "pagelab paged"]
 
 
 def test_the_tail_of_a_log_is_short(tmp_path: Path) -> None:

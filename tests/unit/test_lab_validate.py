@@ -73,6 +73,22 @@ def leaking(run: WorkloadRun) -> None:
     run["steps"]["free"][1] += 1
 
 
+def miscounted(run: WorkloadRun) -> None:
+    run["num_preemptions"] = 3
+
+
+def more_recomputed(run: WorkloadRun) -> None:
+    run["recomputed_tokens"] = 7
+
+
+def more_rounding(run: WorkloadRun) -> None:
+    run["steps"]["rounding"][1] = 1
+
+
+def lost_rounding(run: WorkloadRun) -> None:
+    run["steps"]["rounding"].pop()
+
+
 def negative(run: WorkloadRun) -> None:
     run["steps"]["free"][1] -= 20
     run["steps"]["live"][1] += 20
@@ -89,6 +105,10 @@ def negative(run: WorkloadRun) -> None:
         (short_column, "differ in length"),
         (leaking, "at step 1 the ledger is not the pool of 10: live 2, reserved 1"),
         (negative, "at step 1 the ledger"),
+        (miscounted, "3 preemptions and lists 0"),
+        (more_recomputed, "7 recomputed tokens, its requests 0"),
+        (more_rounding, "at step 1 rounding is 1 of 0 external slots"),
+        (lost_rounding, "differ in length"),
     ],
 )
 def test_each_kind_of_error_is_found(spoil: Callable[[WorkloadRun], None], words: str) -> None:

@@ -86,3 +86,44 @@ def test_a_workload_that_only_one_repeat_finished_counts_once() -> None:
     runs = [method_run("m", [done]), method_run("m", [], repeat=1, status="failed")]
     (entry,) = metrics.summarize(runs)
     assert entry["repeats"] == 1
+
+
+def test_goodput_counts_what_met_every_stated_objective() -> None:
+    requests = [
+        request_result("fast", [1, 2, 3], [1.0, 1.1, 1.2]),
+        request_result("slow to begin", [1, 2, 3], [5.0, 5.1, 5.2]),
+        request_result("slow to go on", [1, 2, 3], [1.0, 2.0, 3.0]),
+        request_result("one token", [1], [2.0]),  # it has no TPOT to miss
+    ]
+    failed = request_result("failed", [], [])
+    failed["finish_reason"] = "error"
+    run = workload_run("w", [*requests, failed], duration=4.0)
+
+    def rate(ttft: float | None, tpot: float | None, e2e: float | None) -> float:
+        return metrics.goodput(run, {"ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e})
+
+    assert rate(2.0, 0.2, None) == 2 / 4
+    assert rate(2.0, None, None) == 3 / 4
+    assert rate(None, None, 2.5) == 2 / 4
+    assert rate(None, None, None) == 4 / 4
+    assert rate(0.5, 0.2, None) == 0
+    (entry,) = metrics.summarize(
+        [method_run("m", [run])], {"ttft_s": 2.0, "tpot_s": 0.2, "e2e_s": None}
+    )
+    assert entry["goodput_per_s"] == {"median": 0.5, "min": 0.5, "max": 0.5}
+    nothing_stated = metrics.summarize(
+        [method_run("m", [run])], {"ttft_s": None, "tpot_s": None, "e2e_s": None}
+    )
+    assert nothing_stated[0]["goodput_per_s"] is None
+    assert metrics.summarize([method_run("m", [run])])[0]["goodput_per_s"] is None
+
+
+def test_recomputed_tokens_are_counted_for_each_one_generated() -> None:
+    run = workload_run("w", [request_result("a", [1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0])])
+    run["recomputed_tokens"], run["num_preemptions"] = 6, 2
+    (entry,) = metrics.summarize([method_run("m", [run])])
+    assert entry["recomputed_per_output_token"]["median"] == 1.5
+    assert entry["num_preemptions"]["median"] == 2
+    nothing = workload_run("w", [])
+    (entry,) = metrics.summarize([method_run("m", [nothing])])
+    assert entry["recomputed_per_output_token"]["median"] == 0

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pagelab.report.blockmap import block_maps, code_events, code_tokens, first_view
-from pagelab.report.figures import differ, interval, joined, methods, percent, rate, rows, seconds
+from pagelab.report.figures import differ, interval, joined, percent, rate, seconds
 from pagelab.report.headline import headline, headline_workload, key_figures
+from pagelab.report.rows import methods, rows
 from pagelab.report.series import cdf_columns, step_columns, thin
 from pagelab.report.words import STATES
 from pagelab.results import Results, Spread, load_results, save_results

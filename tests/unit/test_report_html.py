@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pagelab.errors import ReportError
-from pagelab.report.html import embed_json, flatten, render_html, write_html
+from pagelab.report.asked import flatten
+from pagelab.report.html import embed_json, render_html, write_html
 from pagelab.results import Results
 from tests.support.synthetic_results import make_long_results, make_results
 

@@ -39,7 +39,8 @@ def test_the_documented_schema_is_the_one_in_the_code_and_accepts_results(tmp_pa
         ("[]", "not a results file"),
         ('{"schema": "other"}', "not a results file"),
         ('{"schema": "pagelab.results", "version": 99}', "version 99"),
-        ('{"schema": "pagelab.results", "version": 1}', "damaged at created"),
+        ('{"schema": "pagelab.results", "version": 1}', "version 1 of the results schema"),
+        ('{"schema": "pagelab.results", "version": 2}', "damaged at created"),
     ],
 )
 def test_what_is_no_results_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -10,9 +10,13 @@ from typing import Any
 import click
 
 from pagelab import __version__
+from pagelab.cli.calibrate import calibrate
 from pagelab.cli.check import check
 from pagelab.cli.compare import compare, report
 from pagelab.cli.generate import generate
+from pagelab.cli.plan import plan
+from pagelab.cli.reproduce import reproduce
+from pagelab.cli.simulate import simulate
 from pagelab.errors import PageLabError
 
 
@@ -38,5 +42,5 @@ def main(debug: bool) -> None:
     """PageLab: a PagedAttention engine that you can measure."""
 
 
-for command in (check, generate, compare, report):
+for command in (check, calibrate, generate, compare, plan, report, reproduce, simulate):
     main.add_command(command)

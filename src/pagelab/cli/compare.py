@@ -9,35 +9,46 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pagelab.cli.options import command_line, model_options, names
+from pagelab.cli.options import command_line, grid_options, names, workload_options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pagelab.results import Results
+    from pagelab.results import Objectives, Results
+
+
+def _objectives(_: click.Context, __: click.Parameter, value: str) -> Objectives:
+    from pagelab.lab.settings import parse_objectives
+
+    return parse_objectives(value)
 
 
 @click.command()
-@model_options
-@click.option(
-    "--workload",
-    "workloads",
-    callback=names,
-    metavar="NAMES",
-    help="Of prompts, mixed, large; several with commas.  [default: prompts,mixed]",
-)
 @click.option(
     "--methods",
     callback=names,
     metavar="NAMES",
-    help="Of hf-generate, hf-static, pagelab, module:Class.  [default: the first three]",
+    help="Of hf-generate, hf-static, hf-continuous-batching, vllm, pagelab, module:Class.  "
+    "[default: hf-generate,hf-static,pagelab]",
 )
 @click.option(
     "--allocators",
     callback=names,
     metavar="NAMES",
-    help="Of the method pagelab.  [default: contiguous-max,paged]",
+    help="Of the method pagelab: contiguous-max, contiguous-pow2, contiguous-oracle, "
+    "reserved-paged, paged, or your own as module:Class or file.py:Class.  "
+    "[default: contiguous-max,paged]",
 )
+@grid_options
+@workload_options
+@click.option(
+    "--axes",
+    callback=names,
+    metavar="NAMES",
+    help="Of budget (the same bytes for all) and batch (the same number of requests at once: "
+    "what contiguous-max holds, or --batch).  [default: both]",
+)
+@click.option("--batch", type=int, help="Requests at once on the same-batch axis.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -45,33 +56,46 @@ if TYPE_CHECKING:
     show_default=True,
     help="The same for all methods.",
 )
-@click.option("--repeats", default=1, show_default=True, help="Runs of each method.")
-@click.option("--seed", default=0, show_default=True, help="Of the generated workloads.")
-@click.option("--watermark", default=0.05, show_default=True, help="Share kept at admission.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    help="0 is greedy; above, the methods' tokens are not compared.",
+)
+@click.option(
+    "--objective",
+    "objectives",
+    callback=_objectives,
+    default="ttft=2,tpot=0.2",
+    show_default=True,
+    metavar="SECONDS",
+    help="What goodput counts, of ttft, tpot and e2e; 0.2 s a token is about a reader's pace. "
+    "none: no goodput.",
+)
+@click.option("--repeats", default=1, show_default=True, help="Runs of each row.")
 @click.option("--max-num-batched-tokens", default=512, show_default=True, help="Of one step.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("pagelab-results"),
     show_default=True,
-    help="Folder for results.json, report.html and logs.",
+    help="Folder for results.json, ledger.jsonl, report.html and logs.",
 )
 @click.option("--pause", is_flag=True, help="Wait for Enter between the phases.")
 def compare(pause: bool, **options: Any) -> None:
     """Run the experiment: the traditional method, PagedAttention, and what the figures say.
 
     Every method runs in a process of its own, on the same prompts, under the same budget of
-    bytes for K/V. About two minutes on 2 cores.
+    bytes for K/V. Options with several values, as --kv-memory 64MiB,128MiB, make a grid: every
+    combination is a run. Without options about three minutes on 2 cores.
     """
     from rich.console import Console
 
-    from pagelab.config import parse_bytes
     from pagelab.lab.experiment import RESULTS_FILE, run_experiment
+    from pagelab.lab.ledger_file import LEDGER_FILE
     from pagelab.lab.progress import CompareProgress
     from pagelab.lab.settings import ExperimentSettings
 
-    if options["kv_memory"] is not None:
-        options["kv_memory"] = parse_bytes(options["kv_memory"])
     given = {name: value for name, value in options.items() if value is not None}
     settings = ExperimentSettings(
         command=command_line(),
@@ -87,7 +111,13 @@ def compare(pause: bool, **options: Any) -> None:
                 console.input("\nPress Enter for PagedAttention ")
 
         results = run_experiment(settings, progress, between_phases=wait if pause else None)
-    _render(results, settings.out / RESULTS_FILE, settings.out / "report.html", console)
+    _render(
+        results,
+        settings.out / RESULTS_FILE,
+        settings.out / "report.html",
+        console,
+        {"ledger": settings.out / LEDGER_FILE},
+    )
     if not results["complete"]:
         sys.exit(130)
 
@@ -104,9 +134,11 @@ def report(results: Path, html: Path | None) -> None:
     _render(load_results(results), results, html or results.with_name("report.html"), Console())
 
 
-def _render(data: Results, source: Path, html: Path, console: Console) -> None:
+def _render(
+    data: Results, source: Path, html: Path, console: Console, more: dict[str, Path] | None = None
+) -> None:
     from pagelab.report.html import write_html
     from pagelab.report.terminal import print_summary
 
     write_html(data, html)
-    print_summary(data, console, {"results": source, "report": html})
+    print_summary(data, console, {"results": source, **(more or {}), "report": html})

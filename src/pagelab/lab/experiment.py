@@ -1,13 +1,13 @@
-"""The experiment: every method on every workload, each run in a process of its own.
+"""The experiment: every row of the grid on every workload, each run in a process of its own.
 
 ::
 
-    settings ──▶ prepare: model facts, token ids, budget ──▶ Results (no runs yet)
+    settings ──▶ prepare: model facts, token ids, the grid ──▶ Results (no runs yet)
                                                                │
-       phase "traditional"   repeat 1: method, method, …       │  after every run:
+       phase "traditional"   repeat 1: row, row, …             │  after every run:
                              repeat 2: …                       │  summary, equality, analysis,
-       between_phases()      (the CLI may wait for Enter)      │  results.json
-       phase "paged"         repeat 1: …                       ▼
+       between_phases()      (the CLI may wait for Enter)      │  results.json, and its lines
+       phase "paged"         repeat 1: …                       ▼  of ledger.jsonl
 
 This process stays free of torch, so that what it takes is small and the same for all.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pagelab import __version__
@@ -31,103 +30,20 @@ from pagelab.lab.events import (
     RunFinished,
     RunStarted,
 )
-from pagelab.lab.methods import Variant, variants
-from pagelab.lab.model_facts import ModelFacts, model_facts
+from pagelab.lab.ledger_file import LEDGER_FILE, append_ledger, start_ledger
+from pagelab.lab.methods import Variant
+from pagelab.lab.preparation import Plan, experiment_info, prepare
 from pagelab.lab.process import WORKER, run_method
-from pagelab.lab.protocol import Job
-from pagelab.lab.settings import (
-    ExperimentSettings,
-    check_budget,
-    check_length,
-    check_max_model_len,
-    default_kv_memory,
-)
+from pagelab.lab.settings import ExperimentSettings
 from pagelab.metrics import summarize
-from pagelab.results import (
-    SCHEMA,
-    VERSION,
-    ExperimentInfo,
-    Phase,
-    RequestInfo,
-    Results,
-    WorkloadInfo,
-    save_results,
-)
-from pagelab.telemetry import OtherLoad, available_cores, describe_environment
-from pagelab.workloads import Workload, WorkloadRequest, load_workload, random_ids, tokenize
+from pagelab.results import SCHEMA, VERSION, Phase, Results, save_results
+from pagelab.telemetry import OtherLoad, describe_environment
+
+__all__ = ["OTHER_LOAD", "RESULTS_FILE", "Plan", "conclude", "prepare", "run_experiment"]
 
 RESULTS_FILE = "results.json"
 OTHER_LOAD = "other_load_cores"  # in `environment`: label → cores that other programs used
-SAMPLING = "greedy, end-of-sequence ignored"
 PHASES: tuple[Phase, ...] = ("traditional", "paged")
-
-_SHOWN_PROMPT = 120  # characters of a prompt that are kept for display
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """An experiment that can run: every figure is known and checked."""
-
-    settings: ExperimentSettings
-    facts: ModelFacts
-    variants: tuple[Variant, ...]
-    workloads: tuple[Workload, ...]
-    warm_up: Workload
-    kv_memory: int
-    max_model_len: int
-    threads: int
-
-    def job(self, variant: Variant) -> Job:
-        """What one method is told."""
-        settings = self.settings
-        return Job(
-            method=variant.method,
-            allocator=variant.allocator,
-            model=settings.model,
-            dtype=settings.dtype,
-            kv_memory=self.kv_memory,
-            block_size=settings.block_size,
-            max_model_len=self.max_model_len,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            watermark=settings.watermark,
-            threads=self.threads,
-            seed=settings.seed,
-            warm_up=self.warm_up,
-            workloads=self.workloads,
-            debug=settings.debug,
-        )
-
-
-def prepare(settings: ExperimentSettings, facts: ModelFacts | None = None) -> Plan:
-    """Find the model, make token ids of the workloads, and check that all can work.
-
-    Raises:
-        ConfigError: the budget or the length cannot work, with the option to change.
-        ModelError: the model cannot be found, fetched or read.
-    """
-    if facts is None:
-        facts = model_facts(settings.model, settings.dtype)
-    max_model_len = check_max_model_len(settings.max_model_len, facts.max_position)
-    workloads = tuple(_with_ids(name, settings.seed, facts) for name in settings.workloads)
-    bytes_per_token = facts.info["kv_bytes_per_token"]
-    kv_memory = settings.kv_memory or default_kv_memory(max_model_len, bytes_per_token)
-    for workload in workloads:
-        longest = max(workload.requests, key=lambda request: request.total_tokens)
-        what = f"{longest.id} of workload {workload.name}"
-        check_length(longest.total_tokens, max_model_len, what)
-        check_budget(kv_memory, bytes_per_token, longest.total_tokens, what)
-    return Plan(
-        settings=settings,
-        facts=facts,
-        variants=tuple(variants(settings.methods, settings.allocators)),
-        workloads=workloads,
-        warm_up=_warm_up(
-            facts.info["vocab_size"], min(max_model_len, kv_memory // bytes_per_token)
-        ),
-        kv_memory=kv_memory,
-        max_model_len=max_model_len,
-        threads=settings.threads or available_cores(),
-    )
 
 
 def run_experiment(
@@ -157,9 +73,10 @@ def run_experiment(
     """
     if plan is None:
         plan = prepare(settings)
-    results = _blank_results(plan)
+    results = blank_results(plan)
     path = settings.out / RESULTS_FILE
     save_results(results, path)
+    start_ledger(settings.out / LEDGER_FILE)
     interrupted: str | None = None
     try:
         on_event(ExperimentStarted(results, plan.variants, str(path)))
@@ -170,7 +87,7 @@ def run_experiment(
         results["note"] = f"interrupted by Ctrl-C {interrupted}; later runs were not started"
     else:
         results["complete"], results["note"] = True, None
-    _conclude(results)
+    conclude(results)
     save_results(results, path)
     on_event(ExperimentFinished(results))
     return results
@@ -209,24 +126,25 @@ def _run_phases(
                 results["runs"].append(run)
                 load = results["environment"].setdefault(OTHER_LOAD, {})
                 load[variant.label] = max(load.get(variant.label, 0.0), round(others.cores(), 3))
-                _conclude(results)
+                conclude(results)
                 save_results(results, path)
+                append_ledger(settings.out / LEDGER_FILE, run)
                 on_event(RunFinished(run))
                 if run["status"] == "interrupted":
                     return f"in {variant.label}"
     return None
 
 
-def _conclude(results: Results) -> None:
-    """Compute from the runs what is computed from them."""
-    runs = results["runs"]
-    results["summary"] = summarize(runs)
-    results["equality"] = compare_outputs(runs)
+def conclude(results: Results) -> None:
+    """Compute from the runs what is computed from them: summary, equality, analysis."""
+    runs, asked = results["runs"], results["experiment"]
+    results["summary"] = summarize(runs, asked["objectives"])
+    results["equality"] = [] if asked["temperature"] > 0 else compare_outputs(runs)
     results["analysis"] = analyse(
+        asked,
         runs,
         results["summary"],
         results["equality"],
-        results["experiment"]["kv_memory_bytes"],
         results["environment"].get(OTHER_LOAD, {}),
     )
 
@@ -235,32 +153,8 @@ def _log_name(variant: Variant, repeat: int) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", variant.label) + f"-{repeat + 1}.log"
 
 
-def _with_ids(name: str, seed: int, facts: ModelFacts) -> Workload:
-    workload = load_workload(name, seed)
-    if facts.encode is None:
-        return random_ids(workload, facts.info["vocab_size"], seed)
-    return tokenize(workload, facts.encode, facts.decode)
-
-
-def _warm_up(vocab_size: int, room: int) -> Workload:
-    """Two short requests: the first calls of every kernel, for one row and for several.
-
-    Their tokens occur in no workload's prompts in this order, so no prefix is cached for them.
-    """
-    length = max(1, min(24, room // 4))
-    requests = tuple(
-        WorkloadRequest(
-            id=f"warm-up-{i}",
-            prompt_token_ids=tuple((7 + 3 * i + 11 * k) % vocab_size for k in range(length)),
-            prompt_tokens=length,
-            max_tokens=max(1, min(4, room // 4)),
-        )
-        for i in range(2)
-    )
-    return Workload("warm-up", "Two short requests", requests)
-
-
-def _blank_results(plan: Plan) -> Results:
+def blank_results(plan: Plan) -> Results:
+    """Results without a run: what was asked, and where."""
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -269,47 +163,9 @@ def _blank_results(plan: Plan) -> Results:
         "complete": False,
         "note": "still running, or it was killed: these are the runs that had ended",
         "environment": describe_environment(),
-        "experiment": _experiment_info(plan),
+        "experiment": experiment_info(plan),
         "runs": [],
         "summary": [],
         "equality": [],
         "analysis": [],
     }
-
-
-def _experiment_info(plan: Plan) -> ExperimentInfo:
-    settings = plan.settings
-    return {
-        "command": settings.command_line(),
-        "model": plan.facts.info,
-        "dtype": settings.dtype,
-        "kv_memory_bytes": plan.kv_memory,
-        "block_size": settings.block_size,
-        "max_model_len": plan.max_model_len,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "watermark": settings.watermark,
-        "repeats": settings.repeats,
-        "seed": settings.seed,
-        "threads": plan.threads,
-        "sampling": SAMPLING,
-        "workloads": [_workload_info(workload) for workload in plan.workloads],
-    }
-
-
-def _workload_info(workload: Workload) -> WorkloadInfo:
-    requests: list[RequestInfo] = [
-        {
-            "id": request.id,
-            "prompt": _shortened(request.prompt_text),
-            "prompt_tokens": len(request.token_ids),
-            "max_tokens": request.max_tokens,
-        }
-        for request in workload.requests
-    ]
-    return {"name": workload.name, "title": workload.title, "requests": requests}
-
-
-def _shortened(text: str | None) -> str | None:
-    if text is None or len(text) <= _SHOWN_PROMPT:
-        return text
-    return text[: _SHOWN_PROMPT - 1].rstrip() + "…"

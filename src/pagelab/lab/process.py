@@ -77,7 +77,7 @@ def run_method(
     Raises:
         ReportError: the log file cannot be written.
     """
-    run = empty_run(variant, repeat)
+    run = empty_run(job, variant, repeat)
     ending = _Ending()
     log = _open_log(log_path)
     with log:
@@ -107,13 +107,16 @@ def run_method(
     return run
 
 
-def empty_run(variant: Variant, repeat: int) -> MethodRun:
+def empty_run(job: Job, variant: Variant, repeat: int) -> MethodRun:
     """A run of which nothing is known yet."""
     return {
         "method": variant.method,
         "label": variant.label,
         "phase": variant.phase,
-        "allocator": variant.allocator,
+        "allocator": variant.allocator_name,
+        "axis": variant.axis,
+        "settings": job.settings(),
+        "simulated": False,
         "repeat": repeat,
         "status": "failed",
         "reason": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +32,7 @@ from pagelab.lab.events import (
     StageReached,
     WorkloadFinished,
 )
-from pagelab.results import MethodRun, Results, Snapshot, WorkloadInfo
+from pagelab.results import ExperimentInfo, MethodRun, Results, Snapshot, WorkloadInfo
 
 PHASE_TITLES = {
     "traditional": "Phase 1: the traditional method",
@@ -64,6 +65,7 @@ class CompareProgress:
         )
         self._task: TaskID | None = None
         self._workloads: list[WorkloadInfo] = []
+        self._runs = self._run = 0
         self._started = 0.0
 
     def __enter__(self) -> CompareProgress:
@@ -86,6 +88,7 @@ class CompareProgress:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, ExperimentStarted):
+            self._runs = len(event.variants) * event.results["experiment"]["repeats"]
             self._print_experiment(event.results)
         elif isinstance(event, PhaseStarted):
             self._bars.start()  # it may have been closed for `--pause`
@@ -147,8 +150,13 @@ class CompareProgress:
         self._console.print(f"  {text}", highlight=False, soft_wrap=True)
 
     def _start_run(self, event: RunStarted) -> None:
-        repeat = f" ({event.repeat + 1} of {event.repeats})" if event.repeats > 1 else ""
-        self._console.print(f"\n[bold cyan]{escape(event.variant.label)}[/]{repeat}")
+        self._run += 1
+        repeat = f", repeat {event.repeat + 1} of {event.repeats}" if event.repeats > 1 else ""
+        self._console.print(
+            f"\n[bold cyan]{escape(event.variant.label)}[/]"
+            f" [dim](run {self._run} of {self._runs}{repeat})",
+            highlight=False,
+        )
 
     def _print_snapshot(self, snapshot: Snapshot) -> None:
         device = snapshot["device_bytes"]
@@ -177,8 +185,7 @@ class CompareProgress:
     def _print_experiment(self, results: Results) -> None:
         asked, environment = results["experiment"], results["environment"]
         self._workloads = asked["workloads"]
-        model = asked["model"]
-        slots = asked["kv_memory_bytes"] // model["kv_bytes_per_token"]
+        model, blocks = asked["model"], _joined(asked["block_sizes"])
         rows = [
             ("machine", machine_line(environment)),
             ("software", software_line(environment)),
@@ -189,10 +196,10 @@ class CompareProgress:
             ),
             (
                 "KV budget",
-                f"{format_bytes(asked['kv_memory_bytes'])} = {slots:,} tokens of "
-                f"{format_bytes(model['kv_bytes_per_token'])}; a request may reach "
-                f"{asked['max_model_len']:,} tokens; blocks of {asked['block_size']}",
+                f"{_budgets(asked)} of {format_bytes(model['kv_bytes_per_token'])}; a request may "
+                f"reach {asked['max_model_len']:,} tokens; blocks of {blocks}",
             ),
+            *_grid_rows(asked, self._runs),
             ("sampling", f"{asked['sampling']}; {asked['threads']} threads"),
             *((w["name"], w["title"]) for w in asked["workloads"]),
         ]
@@ -200,6 +207,30 @@ class CompareProgress:
             self._console.print(
                 f"[bold]{escape(name):>10}[/]  {escape(text)}", highlight=False, soft_wrap=True
             )
+
+
+def _budgets(asked: ExperimentInfo) -> str:
+    """Every budget in bytes and tokens."""
+    size = asked["model"]["kv_bytes_per_token"]
+    return ", ".join(
+        f"{format_bytes(memory)} = {memory // size:,} tokens" for memory in asked["kv_memories"]
+    )
+
+
+def _grid_rows(asked: ExperimentInfo, runs: int) -> list[tuple[str, str]]:
+    """What else varies."""
+    parts = [f"{runs} runs"]
+    if len(asked["watermarks"]) > 1:
+        parts.append(f"watermarks {_joined([f'{w:.3g}' for w in asked['watermarks']])}")
+    if len(asked["placements"]) > 1:
+        parts.append(f"placements {_joined(asked['placements'])}")
+    if asked["batch"] is not None:
+        parts.append(f"the same batch of {asked['batch']} as a second axis")
+    return [("grid", "; ".join(parts))]
+
+
+def _joined(values: Sequence[object]) -> str:
+    return ", ".join(str(value) for value in values)
 
 
 def machine_line(environment: dict[str, Any]) -> str:

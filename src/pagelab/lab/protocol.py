@@ -43,10 +43,10 @@ from typing import Any, Literal, TextIO, cast
 
 from typing_extensions import TypedDict
 
-from pagelab.results import KVCapacity, Startup, WorkloadRun
+from pagelab.results import KVCapacity, RunSettings, Startup, WorkloadRun
 from pagelab.workloads import Workload
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 EXIT_FAILED = 1
 EXIT_BAD_JOB = 2
@@ -60,10 +60,29 @@ class MethodUnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that a method is told. The same for all methods but `method` and `allocator`.
+    """Everything that a method is told.
 
-    `kv_memory` is in bytes. Every method generates exactly each request's `max_tokens`, greedily,
-    end-of-sequence ignored.
+    Methods of one cell of the grid are told the same, but for `method` and `allocator`. Every
+    method generates exactly each request's `max_tokens`, end-of-sequence ignored.
+
+    Attributes:
+        method: its name, or `module:Class`.
+        allocator: of the method `pagelab`: a name, `module:Class` or `file.py:Class`.
+        model: None for the default model.
+        dtype: of weights, activations and K/V.
+        kv_memory: bytes for K/V.
+        block_size: slots a block, for methods with blocks.
+        max_model_len: tokens a request may reach.
+        max_num_batched_tokens: the token budget of a step, for methods that have one.
+        watermark: share of the blocks that an admission must leave free.
+        threads: of the CPU.
+        seed: of sampling.
+        warm_up: what to run before anything is measured.
+        workloads: what to run.
+        placement: where contiguous ranges go.
+        max_num_seqs: requests at once at most; None: the method's default.
+        temperature: 0 is greedy.
+        debug: tracebacks of expected errors go to the log.
     """
 
     method: str
@@ -79,7 +98,20 @@ class Job:
     seed: int
     warm_up: Workload
     workloads: tuple[Workload, ...]
+    placement: str = "buddy"
+    max_num_seqs: int | None = None
+    temperature: float = 0.0
     debug: bool = False
+
+    def settings(self) -> RunSettings:
+        """Where its run stands in the grid."""
+        return {
+            "kv_memory_bytes": self.kv_memory,
+            "block_size": self.block_size,
+            "watermark": self.watermark,
+            "placement": self.placement,
+            "max_num_seqs": self.max_num_seqs,
+        }
 
     def to_line(self) -> str:
         """As one line of JSON."""

@@ -12,7 +12,8 @@ def problem_with(run: WorkloadRun, capacity: KVCapacity | None, asked: Workload)
     """The first thing wrong with a workload's results, for people; None if nothing is.
 
     Checked: the requests are those asked for, each generated exactly its tokens, times and
-    tokens agree, and at every step the ledger's states add up to the pool.
+    tokens agree, preemptions and recomputed tokens are counted right, and at every step the
+    ledger's states add up to the pool.
     """
     if capacity is None:
         return "it reported no KV capacity before its results"
@@ -26,7 +27,7 @@ def problem_with(run: WorkloadRun, capacity: KVCapacity | None, asked: Workload)
     output = sum(len(result["output_token_ids"]) for result in run["requests"])
     if run["output_tokens"] != output:
         return f"it says {run['output_tokens']} output tokens and delivered {output}"
-    return _problem_with_steps(run, capacity)
+    return _problem_with_counts(run) or _problem_with_steps(run, capacity)
 
 
 def _problem_with_request(request: WorkloadRequest, result: RequestResult) -> str | None:
@@ -43,16 +44,32 @@ def _problem_with_request(request: WorkloadRequest, result: RequestResult) -> st
     return None
 
 
+def _problem_with_counts(run: WorkloadRun) -> str | None:
+    listed = len(run["preemptions"])
+    if run["num_preemptions"] != listed:
+        return f"it says {run['num_preemptions']} preemptions and lists {listed}"
+    recomputed = sum(result["recomputed_tokens"] for result in run["requests"])
+    if run["recomputed_tokens"] != recomputed:
+        return f"it says {run['recomputed_tokens']} recomputed tokens, its requests {recomputed}"
+    return None
+
+
 def _problem_with_steps(run: WorkloadRun, capacity: KVCapacity) -> str | None:
     steps = run["steps"]
     columns: dict[str, list[int]] = {name: steps[name] for name in _STATES}  # type: ignore[literal-required]
     lengths = {name: len(column) for name, column in columns.items()}
     lengths |= {"t": len(steps["t"]), "running": len(steps["running"])}
     lengths |= {"waiting": len(steps["waiting"]), "new_tokens": len(steps["new_tokens"])}
+    lengths |= {"rounding": len(steps["rounding"]), "shared_saved": len(steps["shared_saved"])}
     if len(set(lengths.values())) > 1:
         return f"its step columns differ in length: {lengths}"
     for step, slots in enumerate(zip(*columns.values(), strict=True)):
         if min(slots) < 0 or sum(slots) != capacity["slots"]:
             split = ", ".join(f"{n} {v}" for n, v in zip(_STATES, slots, strict=True))
             return f"at step {step} the ledger is not the pool of {capacity['slots']}: {split}"
+    for step, (rounding, external) in enumerate(
+        zip(steps["rounding"], steps["external"], strict=True)
+    ):
+        if not 0 <= rounding <= external:
+            return f"at step {step} rounding is {rounding} of {external} external slots"
     return None

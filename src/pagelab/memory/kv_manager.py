@@ -206,9 +206,13 @@ class KVManager:
         table = self._tables[sequence_id]
         assert num_computed >= table.num_written, f"{sequence_id}: committed tokens are taken back"
         size = self.config.block_size
-        for i in range(table.num_written // size, -(-num_computed // size)):
-            self.pool.set_written(table.block_ids[i], min(size, num_computed - i * size))
-        self._num_written += num_computed - table.num_written
+        written = table.num_written
+        if num_computed == written + 1:  # a token, as in most steps
+            self.pool.set_written(table.block_ids[written // size], written % size + 1)
+        else:
+            for i in range(written // size, -(-num_computed // size)):
+                self.pool.set_written(table.block_ids[i], min(size, num_computed - i * size))
+        self._num_written += num_computed - written
         table.num_written = num_computed
         if self.prefix_cache is not None:
             self._register_full_blocks(table, self.prefix_cache, token_ids)

@@ -17,19 +17,32 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pagelab.report.figures import Method
+from pagelab.report.rows import Method
 from pagelab.report.series import padded
-from pagelab.results import ExperimentInfo, MethodRun, RequestResult, Results, WorkloadRun
+from pagelab.report.styles import FIRST
+from pagelab.results import (
+    ExperimentInfo,
+    MethodRun,
+    RequestResult,
+    Results,
+    WorkloadRun,
+    is_base,
+)
 
-# Maps beyond this many numbers in all (about 3 bytes each) are left out, later repeats first.
+# Maps beyond this many numbers in all (about 3 bytes each) are left out: cells beside the base
+# first, and later repeats.
 MAX_NUMBERS = 700_000
+MAX_MAPS = 60  # a longer list would be of no use, and the browser decodes what it opens
+_OF_REQUEST = 12  # numbers that a request's id and names take the room of
 
 
 def block_maps(results: Results) -> tuple[list[dict[str, Any]], int]:
     """The maps of all runs that have blocks, and how many were left out for the file's size."""
+    experiment = results["experiment"]
+    order = sorted(results["runs"], key=lambda r: (not is_base(r, experiment), r["repeat"]))
     runs = [
         (run, workload)
-        for run in sorted(results["runs"], key=lambda r: r["repeat"])
+        for run in order
         if run["kv"] is not None and run["kv"]["num_blocks"] and run["kv"]["block_size"]
         for workload in run["workloads"]
         if workload["block_events"] and workload["steps"]["t"]
@@ -37,10 +50,13 @@ def block_maps(results: Results) -> tuple[list[dict[str, Any]], int]:
     maps: list[dict[str, Any]] = []
     left_out, numbers = 0, 0
     for run, workload in runs:
-        coded = _code(run, workload, results["experiment"])
+        if len(maps) == MAX_MAPS:
+            left_out += 1
+            continue
+        coded = _code(run, workload, experiment)
         size = len(coded["events"]) + len(coded["t"]) * 4
-        size += sum(len(r["tokens"]) for r in coded["requests"])
-        if maps and numbers + size > MAX_NUMBERS:
+        size += sum(len(r["tokens"]) + _OF_REQUEST for r in coded["requests"])
+        if numbers + size > MAX_NUMBERS:
             left_out += 1
         else:
             maps.append(coded)
@@ -56,11 +72,16 @@ def first_view(
     A traditional method beside a paged one on the headline's workload, at the moment when
     the paged one has most of its pool live: there the difference is easiest to see.
     """
-    phases = {method.label: method.phase for method in methods}
     if not maps:
         return {}
+    known = {method.label: method for method in methods}
+
+    def rank(i: int) -> bool:
+        return known[maps[i]["label"]].name not in ("pagelab contiguous-max", FIRST)
+
     here = [i for i, m in enumerate(maps) if m["workload"] == workload] or list(range(len(maps)))
-    paged = [i for i in here if phases.get(maps[i]["label"]) == "paged"]
+    here = sorted((i for i in here if known[maps[i]["label"]].base), key=rank) or here
+    paged = [i for i in here if known[maps[i]["label"]].phase == "paged"]
     others = [i for i in here if i not in paged]
     main = (others or paged)[0]
     beside = next((i for i in paged if i != main), -1)

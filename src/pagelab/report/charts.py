@@ -7,12 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pagelab.report.words import STATES
-
 Spec = dict[str, Any]
 
 FONT = '-apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-LABEL_WIDTH = 150  # of axes with method names, so that charts under each other line up
+LABEL_WIDTH = 158  # of axes with method names, so that charts under each other line up
 VALUE_WIDTH = 48  # of axes with numbers
 CONFIG: Spec = {
     "background": "transparent",
@@ -35,12 +33,12 @@ CONFIG: Spec = {
 }
 
 
-def _line(color: str, dash: Sequence[int] = (), *, interpolate: str = "linear") -> Spec:
+def line_mark(color: str, dash: Sequence[int] = (), *, interpolate: str = "linear") -> Spec:
     mark: Spec = {"type": "line", "strokeWidth": 1.8, "stroke": color, "interpolate": interpolate}
     return mark | {"strokeDash": list(dash)} if dash else mark
 
 
-def _method_axis() -> Spec:
+def method_axis() -> Spec:
     axis = {
         "labelLimit": LABEL_WIDTH,
         "minExtent": LABEL_WIDTH,
@@ -57,25 +55,30 @@ def time_axis(title: str | None = "seconds") -> Spec:
 
 
 def bars(
-    values: Sequence[Mapping[str, Any]], colors: Mapping[str, str], title: str, *, spread: bool
+    values: Sequence[Mapping[str, Any]],
+    colors: Mapping[str, str],
+    title: str | None,
+    *,
+    spread: bool,
 ) -> Spec:
     """Horizontal bars with their figures at their ends.
 
     Args:
         values: method, value, min, max and text of each bar.
         colors: a CSS colour a method.
-        title: for the axis.
+        title: for the axis; None where it stands above the chart.
         spread: draw the range of the repeats.
     """
     x = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": True}}
-    # Room for the figures beyond the longest bar.
     longest = max((float(v["max"]) for v in values), default=0.0) or 1.0
+    # Room for the figures beyond the longest bar, also on a narrow screen.
+    room = 1.06 + 0.035 * max((len(str(v["text"])) for v in values), default=0)
     axis = {"tickCount": 4, "labels": False, "domain": False, "titleAnchor": "start"}
     layers: list[Spec] = [
         {
             "mark": {"type": "bar", "height": 14, "cornerRadiusEnd": 2},
             "encoding": {
-                "x": x | {"axis": axis, "scale": {"domain": [0, longest * 1.18], "nice": False}},
+                "x": x | {"axis": axis, "scale": {"domain": [0, longest * room], "nice": False}},
                 "fill": {
                     "field": "method",
                     "type": "nominal",
@@ -112,90 +115,8 @@ def bars(
         "data": {"values": list(values)},
         "width": "container",
         "height": 26 * len(values),
-        "encoding": {"y": _method_axis()},
+        "encoding": {"y": method_axis()},
         "layer": layers,
-    }
-
-
-def state_fill() -> Spec:
-    """The fill of a ledger state: a pattern, so that colour alone is never needed."""
-    names = [state.name for state in STATES]
-    return {
-        "field": "state",
-        "type": "nominal",
-        "scale": {"domain": names, "range": [f"url(#fill-{name})" for name in names]},
-        "legend": None,
-    }
-
-
-def _folded(more: Sequence[Spec] = ()) -> list[Spec]:
-    names = [state.name for state in STATES]
-    order = f"indexof({names!r}, datum.state)"
-    return [
-        {"fold": names, "as": ["state", "slots"]},
-        {"calculate": order, "as": "order"},
-        *more,
-    ]
-
-
-def pool_areas(data: str, slots: int, longest: float, *, titled: bool) -> Spec:
-    """The pool over time, stacked by ledger state.
-
-    Args:
-        data: the name of the columns.
-        slots: the upper end of the vertical scale.
-        longest: the right end of the time scale; the parameter `end` changes it later.
-        titled: write what the time axis shows: under the last of several strips.
-    """
-    return {
-        "data": {"name": data},
-        "params": [{"name": "end", "value": longest}],
-        "width": "container",
-        "height": 76,
-        "transform": _folded(),
-        "mark": {"type": "area", "interpolate": "step-before", "line": False, "clip": True},
-        "encoding": {
-            "x": {
-                "field": "t",
-                "type": "quantitative",
-                "axis": time_axis("seconds" if titled else None),
-                "scale": {"domainMin": 0, "domainMax": {"expr": "end"}, "nice": False},
-            },
-            "y": {
-                "field": "slots",
-                "type": "quantitative",
-                "stack": "zero",
-                "title": "slots",
-                "axis": {"tickCount": 2, "format": ",d"},
-                "scale": {"domain": [0, slots], "nice": False},
-            },
-            "fill": state_fill(),
-            "order": {"field": "order", "type": "quantitative"},
-        },
-    }
-
-
-def pool_shares(values: Sequence[Mapping[str, Any]]) -> Spec:
-    """The mean division of each method's pool, as bars of 100 %."""
-    return {
-        "data": {"values": list(values)},
-        "width": "container",
-        "height": 30 * len(values),
-        "transform": _folded(),
-        "mark": {"type": "bar", "height": 18},
-        "encoding": {
-            "y": _method_axis(),
-            "x": {
-                "field": "slots",
-                "type": "quantitative",
-                "stack": "zero",
-                "title": None,
-                "axis": {"format": ".0%", "tickCount": 5, "labelOverlap": True, "labelFlush": True},
-                "scale": {"domain": [0, 1], "nice": False},
-            },
-            "fill": state_fill(),
-            "order": {"field": "order", "type": "quantitative"},
-        },
     }
 
 
@@ -222,7 +143,7 @@ def lines(
         "layer": [
             {
                 "data": {"name": data},
-                "mark": _line(color, dash, interpolate="step-before"),
+                "mark": line_mark(color, dash, interpolate="step-before"),
                 "encoding": {
                     "x": {
                         "field": "t",
@@ -243,43 +164,103 @@ def lines(
     }
 
 
-def distributions(
-    series: Sequence[tuple[str, str, Sequence[int]]], title: str, *, log: bool
-) -> Spec:
-    """Cumulative distributions: the share of values at or below each value."""
-    scale: Spec = {"type": "log", "nice": False} if log else {"zero": True}
+def queue(data: str, color: str, dash: Sequence[int], *, longest: float, top: int) -> Spec:
+    """Running and waiting requests of one method, for many small charts on the same scales.
+
+    Args:
+        data: the name of the columns.
+        color: of the running requests' line; the waiting ones' is grey and dotted.
+        dash: likewise.
+        longest: the right end of the time scale.
+        top: the upper end of the vertical scale.
+    """
+    x = {
+        "field": "t",
+        "type": "quantitative",
+        "axis": time_axis(None) | {"tickCount": 4},
+        "scale": {"domain": [0, longest], "nice": False},
+    }
+    y = {
+        "type": "quantitative",
+        "title": None,
+        "axis": {"format": "d", "tickCount": 2, "tickMinStep": 1},
+        "scale": {"domain": [0, top], "nice": False},
+    }
+    marks = {"waiting": line_mark("var(--muted)", (1, 3)), "running": line_mark(color, dash)}
     return {
         "width": "container",
-        "height": 150,
+        "height": 84,
+        "data": {"name": data},
         "layer": [
             {
-                "data": {"name": data},
-                "mark": _line(color, dash, interpolate="step-after"),
-                "encoding": {
-                    "x": {
-                        "field": "x",
-                        "type": "quantitative",
-                        "title": f"{title}, seconds{' (log scale)' if log else ''}",
-                        "axis": {
-                            "tickCount": 5,
-                            "format": ".3~r",
-                            "titleAnchor": "end",
-                            "labelOverlap": True,
-                        },
-                        "scale": scale,
-                    },
-                    "y": {
-                        "field": "share",
-                        "type": "quantitative",
-                        "title": None,
-                        "axis": {"format": ".0%", "values": [0, 0.5, 0.95]},
-                        "scale": {"domain": [0, 1]},
-                    },
-                },
+                "mark": mark | {"interpolate": "step-before"},
+                "encoding": {"x": x, "y": y | {"field": field}},
             }
-            for data, color, dash in series
+            for field, mark in marks.items()
         ],
     }
+
+
+def distributions(
+    series: Sequence[tuple[str, str, Sequence[int]]],
+    title: str,
+    *,
+    log: bool,
+    objective: tuple[float, str, bool] | None = None,
+) -> Spec:
+    """Cumulative distributions: the share of values at or below each value.
+
+    Args:
+        series: columns, colour and dashes of each method.
+        title: of the horizontal axis.
+        log: whether its scale is one.
+        objective: a limit to mark, its label, and whether the label stands left of the mark.
+    """
+    x: Spec = {
+        "field": "x",
+        "type": "quantitative",
+        "title": f"{title}, seconds{' (log scale)' if log else ''}",
+        "axis": {"tickCount": 5, "format": ".3~r", "titleAnchor": "end", "labelOverlap": True},
+        "scale": {"type": "log", "nice": False} if log else {"zero": True},
+    }
+    y: Spec = {
+        "field": "share",
+        "type": "quantitative",
+        "title": None,
+        "axis": {"format": ".0%", "values": [0, 0.5, 0.95]},
+        "scale": {"domain": [0, 1]},
+    }
+    layer: list[Spec] = [
+        {
+            "data": {"name": data},
+            "mark": line_mark(color, dash, interpolate="step-after"),
+            "encoding": {"x": x, "y": y},
+        }
+        for data, color, dash in series
+    ]
+    if objective is not None:
+        layer += _objective(*objective, x)
+    return {"width": "container", "height": 150, "layer": layer}
+
+
+def _objective(limit: float, label: str, left: bool, x: Spec) -> list[Spec]:
+    """A vertical rule with its label at the foot, where curves have not risen or have passed."""
+    values = {"values": [{"x": limit, "label": label}]}
+    text = {
+        "type": "text",
+        "align": "right" if left else "left",
+        "dx": -5 if left else 5,
+        "y": 142,
+        "fontSize": 11,
+        "color": "var(--ink)",
+        "stroke": "var(--bg)",
+        "strokeWidth": 3,
+    }
+    rule = {"type": "rule", "color": "var(--ink)", "strokeWidth": 1.2, "strokeDash": [5, 2, 1, 2]}
+    return [
+        {"data": values, "mark": rule, "encoding": {"x": x}},
+        {"data": values, "mark": text, "encoding": {"x": x, "text": {"field": "label"}}},
+    ]
 
 
 def memory_lines(
@@ -307,7 +288,9 @@ def memory_lines(
     layers: list[Spec] = [
         {
             "data": {"name": data},
-            "mark": _line("var(--accent)") if field == "rss" else _line("var(--warm)", (6, 3)),
+            "mark": line_mark("var(--accent)")
+            if field == "rss"
+            else line_mark("var(--warm)", (6, 3)),
             "encoding": {
                 "y": {
                     "field": field,

@@ -1,24 +1,11 @@
-"""Figures as people read them, and the rows in which methods stand side by side."""
+"""Figures as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from statistics import fmean
 
 from pagelab.config import format_bytes
-from pagelab.report.words import STATES
-from pagelab.results import (
-    KVCapacity,
-    MethodRun,
-    Phase,
-    Results,
-    Spread,
-    Startup,
-    Status,
-    Summary,
-    WorkloadRun,
-)
+from pagelab.results import KVCapacity, RunSettings, Spread
 
 
 def seconds(value: float) -> str:
@@ -76,110 +63,15 @@ def differ(a: Spread, b: Spread) -> int:
     return 1 if a["median"] > b["median"] else -1
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One method of the experiment, over its repeats."""
-
-    label: str
-    phase: Phase
-    engine: str  # hf-generate, hf-static, pagelab
-    status: Status  # ok when any repeat is
-    reason: str | None
-    kv: KVCapacity | None
-    startup: Startup | None
-    peak_rss_bytes: int | None
-    peak_device_bytes: int | None
-    first: MethodRun  # the first repeat that went through, else the first
-    color: str  # a CSS value
-    dash: tuple[int, ...]  # of its line in charts, so that colour alone is never needed
-
-    @property
-    def startup_s(self) -> float | None:
-        """Seconds before the first measured request."""
-        if self.startup is None:
-            return None
-        return self.startup["import_s"] + self.startup["load_s"] + self.startup["warmup_s"]
+def size(value: float) -> str:
+    """Bytes without needless digits: `64 MiB`, `1.5 GiB`."""
+    number, _, unit = format_bytes(value).partition(" ")
+    return f"{number.removesuffix('.0')} {unit}"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One method on one workload, over its repeats."""
-
-    method: Method
-    summary: Summary
-    peak_running: int
-    shares: dict[str, float]  # of the pool by ledger state; empty where nothing was recorded
-
-
-# Lines are told apart by dashes as well as colours; the first paged method's is solid.
-_DASHES: dict[Phase, tuple[tuple[int, ...], ...]] = {
-    "paged": ((), (12, 3), (12, 3, 3, 3), (9, 2, 2, 2, 2, 2), (16, 4)),
-    "traditional": ((2, 2), (6, 3), (6, 2, 2, 2), (3, 4), (9, 5)),
-}
-
-
-def methods(results: Results) -> list[Method]:
-    """The methods in the order in which they ran."""
-    groups: dict[str, list[MethodRun]] = {}
-    for run in results["runs"]:
-        groups.setdefault(run["label"], []).append(run)
-    found: list[Method] = []
-    for label, runs in groups.items():
-        good = [r for r in runs if r["status"] == "ok"]
-        first = (good or [r for r in runs if r["workloads"]] or runs)[0]
-        # Methods without figures are in no chart and take no style from those that are.
-        style = sum(m.phase == first["phase"] and bool(m.first["workloads"]) for m in found) % 5
-        found.append(
-            Method(
-                label=label,
-                phase=first["phase"],
-                engine=first["method"],
-                status=first["status"],
-                reason=first["reason"],
-                kv=first["kv"],
-                startup=first["startup"],
-                peak_rss_bytes=max((r["peak_rss_bytes"] or 0 for r in runs), default=0) or None,
-                peak_device_bytes=max(r["peak_device_bytes"] or 0 for r in runs) or None,
-                first=first,
-                color=f"var(--{first['phase']}-{style})",
-                dash=_DASHES[first["phase"]][style],
-            )
-        )
-    return found
-
-
-def rows(results: Results, workload: str) -> list[Row]:
-    """The methods that have figures for a workload, side by side."""
-    summaries = {s["label"]: s for s in results["summary"] if s["workload"] == workload}
-    table: list[Row] = []
-    for method in methods(results):
-        summary = summaries.get(method.label)
-        if summary is not None:
-            done = workload_runs(results, method.label, workload)
-            peak = max((w["ledger"]["peak_running"] for w in done), default=0)
-            table.append(Row(method, summary, peak, _shares(done)))
-    return table
-
-
-def workload_runs(results: Results, label: str, workload: str) -> list[WorkloadRun]:
-    """Every repeat of one method on one workload."""
-    return [
-        w
-        for r in results["runs"]
-        if r["label"] == label
-        for w in r["workloads"]
-        if w["name"] == workload
-    ]
-
-
-def first_run(method: Method, workload: str) -> WorkloadRun | None:
-    """The repeat that charts over time show."""
-    return next((w for w in method.first["workloads"] if w["name"] == workload), None)
-
-
-def not_ok(results: Results) -> list[MethodRun]:
-    """Runs that failed, were interrupted, or could not start."""
-    return [r for r in results["runs"] if r["status"] != "ok"]
+def watermark(value: float) -> str:
+    """A share of the blocks as it was asked: `1 %`, `2.5 %`."""
+    return f"{value * 100:g} %"
 
 
 def capacity(kv: KVCapacity | None) -> str:
@@ -187,10 +79,9 @@ def capacity(kv: KVCapacity | None) -> str:
     return "–" if kv is None else f"{format_bytes(kv['bytes'])}, {kv['slots']:,} slots"
 
 
-def _shares(runs: list[WorkloadRun]) -> dict[str, float]:
-    shares = {
-        state.name: fmean(run["ledger"][state.name] for run in runs)  # type: ignore[literal-required]
-        for state in STATES
-        if runs
-    }
-    return shares if sum(shares.values()) > 0 else {}
+def cell(settings: RunSettings) -> str:
+    """A cell of the grid: `64 MiB, blocks of 16, watermark 1 %, buddy`."""
+    return (
+        f"{size(settings['kv_memory_bytes'])}, blocks of {settings['block_size']}, "
+        f"watermark {watermark(settings['watermark'])}, {settings['placement']}"
+    )

@@ -1,12 +1,20 @@
-"""The result in one sentence, and the figures that it rests on, computed from the summary."""
+"""The result in one sentence, and the figures that it rests on, computed from the summary.
+
+Both are of the base cell. What is compared is `pagelab paged` where it ran, else another of our
+allocators that pages, else the fastest method that pages; all others are its rivals.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from pagelab.config import format_bytes
-from pagelab.report.figures import Row, differ, joined, percent, rate, rows, times
+from pagelab.report.figures import differ, joined, percent, rate, times
+from pagelab.report.rows import Row, shown_rows
+from pagelab.report.styles import FIRST
 from pagelab.results import Results, Spread
+
+_NAMED = 3  # of the methods that were beaten; all that were not are named
 
 
 class KeyFigure(NamedTuple):
@@ -14,7 +22,7 @@ class KeyFigure(NamedTuple):
 
     name: str
     value: str
-    others: tuple[tuple[str, str], ...]  # label, value
+    others: tuple[tuple[str, str], ...]  # name, value
 
 
 def headline_workload(results: Results) -> str | None:
@@ -25,7 +33,7 @@ def headline_workload(results: Results) -> str | None:
     }
     done = {s["workload"] for s in results["summary"]}
     candidates = sorted(done, key=lambda name: -sizes.get(name, 0))
-    comparable = [name for name in candidates if None not in _sides(results, name)]
+    comparable = [name for name in candidates if None not in sides(results, name)]
     return next(iter(comparable or candidates), None)
 
 
@@ -34,14 +42,15 @@ def headline(results: Results) -> str:
     workload = headline_workload(results)
     if workload is None:
         return "No method finished a workload, so there is nothing to compare."
-    ours, rivals = _sides(results, workload)
+    ours, rivals = sides(results, workload)
     if ours is None or rivals is None:
-        only = joined(row.method.label for row in rows(results, workload))
+        only = joined(row.method.name for row in shown_rows(results, workload))
         return f"On the {workload} workload only {only} finished, so paging cannot be compared."
     speed = rate(ours.summary["output_tokens_per_s"]["median"])
-    budget = format_bytes(results["experiment"]["kv_memory_bytes"])
+    budget = format_bytes(ours.method.settings["kv_memory_bytes"])
+    start = "Simulated: on" if ours.method.simulated else "On"
     return (
-        f"On the {workload} workload, with {budget} for K/V, {ours.method.label} wrote {speed} "
+        f"{start} the {workload} workload, with {budget} for K/V, {ours.method.name} wrote {speed} "
         f"tokens a second, {_speeds(ours, rivals)}, and ran {_concurrency(ours, rivals[0])}."
     )
 
@@ -49,7 +58,7 @@ def headline(results: Results) -> str:
 def key_figures(results: Results) -> list[KeyFigure]:
     """What the top of a report shows large; empty where paging cannot be compared."""
     workload = headline_workload(results)
-    ours, rivals = _sides(results, workload) if workload else (None, None)
+    ours, rivals = sides(results, workload) if workload else (None, None)
     if ours is None or rivals is None:
         return []
 
@@ -58,7 +67,7 @@ def key_figures(results: Results) -> list[KeyFigure]:
             spread: Spread = row.summary[value_of]  # type: ignore[literal-required]
             return percent(spread["median"]) if show == "%" else rate(spread["median"])
 
-        return KeyFigure(name, text(ours), tuple((r.method.label, text(r)) for r in rivals))
+        return KeyFigure(name, text(ours), tuple((r.method.name, text(r)) for r in rivals))
 
     return [
         figure("output tokens a second", "n", "output_tokens_per_s"),
@@ -67,21 +76,29 @@ def key_figures(results: Results) -> list[KeyFigure]:
     ]
 
 
-def _sides(results: Results, workload: str) -> tuple[Row | None, list[Row] | None]:
-    """The fastest paged method, and the others: the same engine first, then by speed."""
-    table = rows(results, workload)
-    paged = [row for row in table if row.method.phase == "paged"]
-    rivals = [row for row in table if row.method.phase != "paged"]
-    if not paged:
+def sides(results: Results, workload: str) -> tuple[Row | None, list[Row] | None]:
+    """Ours, and its rivals: `contiguous-max`, the same engine's others, then by speed."""
+    table = shown_rows(results, workload)
+    ours = max((row for row in table if row.method.phase == "paged"), key=_ours, default=None)
+    if ours is None:
         return None, None
-    ours = max(paged, key=lambda row: row.summary["output_tokens_per_s"]["median"])
+    rivals = [row for row in table if row is not ours]
     rivals.sort(
         key=lambda row: (
+            row.method.allocator != "contiguous-max",
             row.method.engine != ours.method.engine,
-            -row.summary["output_tokens_per_s"]["median"],
+            -_speed(row),
         )
     )
     return ours, rivals or None
+
+
+def _ours(row: Row) -> tuple[bool, bool, float]:
+    return row.method.name == FIRST, row.method.allocator is not None, _speed(row)
+
+
+def _speed(row: Row) -> float:
+    return row.summary["output_tokens_per_s"]["median"]
 
 
 def _speeds(ours: Row, rivals: list[Row]) -> str:
@@ -93,8 +110,10 @@ def _speeds(ours: Row, rivals: list[Row]) -> str:
         order = differ(mine, other)
         ratio = times(mine["median"] / other["median"]) if other["median"] else "many"
         group = faster if order > 0 else slower if order < 0 else same
-        group.append(row.method.label if order == 0 else f"{ratio} times {row.method.label}")
-    parts = [joined(faster)] if faster else []
+        group.append(row.method.name if order == 0 else f"{ratio} times {row.method.name}")
+    more = len(faster) - _NAMED
+    named = faster if more <= 1 else [*faster[:_NAMED], f"more than each of {more} others"]
+    parts = [joined(named)] if faster else []
     parts += [f"no different from {joined(same)}"] if same else []
     parts += [f"only {joined(slower)}"] if slower else []
     return ", ".join(parts)
@@ -104,5 +123,5 @@ def _concurrency(ours: Row, rival: Row) -> str:
     mine, other = ours.summary["mean_running"], rival.summary["mean_running"]
     pair = f"{rate(mine['median'])} requests at once"
     if differ(mine, other) == 0:
-        return f"as many requests at once as {rival.method.label} ({rate(mine['median'])})"
-    return f"{pair} where {rival.method.label} ran {rate(other['median'])}"
+        return f"as many requests at once as {rival.method.name} ({rate(mine['median'])})"
+    return f"{pair} where {rival.method.name} ran {rate(other['median'])}"

@@ -17,14 +17,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pagelab.config import format_bytes
 from pagelab.report import panels
+from pagelab.report.asked import asked, flatten, workload_facts
 from pagelab.report.blockmap import block_maps, first_view
 from pagelab.report.charts import CONFIG
-from pagelab.report.figures import capacity, methods, not_ok, seconds
+from pagelab.report.figures import capacity, cell, seconds
 from pagelab.report.headline import headline, headline_workload, key_figures
+from pagelab.report.latency_panels import latency_panels
+from pagelab.report.page import Page
+from pagelab.report.pool_panels import pool_panels
+from pagelab.report.rows import methods, not_ok, shown
+from pagelab.report.sweep_panels import batch_panels, placement_panels, sweep_panels
 from pagelab.report.words import GLOSSARY, STATES
-from pagelab.results import ExperimentInfo, Results, write_text_safely
+from pagelab.results import Results, write_text_safely
+
+MOST_REQUESTS = 200  # of a workload in its table
+MOST_FINDINGS = 40  # before the rest is folded away
 
 
 def write_html(results: Results, path: Path) -> None:
@@ -38,34 +46,44 @@ def write_html(results: Results, path: Path) -> None:
 
 def render_html(results: Results) -> str:
     """The report of an experiment as one HTML page."""
-    page = panels.Page()
+    page = Page()
     found = methods(results)
+    drawn = shown(results)
     maps, left_out = block_maps(results)
-    pools = panels.pool_panels(results, page)
-    ran = sum(bool(m.first["workloads"]) for m in found)
+    pools = pool_panels(results, page)
+    simulated = [method for method in found if method.simulated]
     context: dict[str, Any] = {
-        "title": f"{results['experiment']['model']['name']}, one KV budget, "
-        f"{ran} method{'s' if ran != 1 else ''}",
+        "title": _title(results),
         "results": results,
         "created": _date(results["created"]),
         "headline": headline(results),
         "headline_workload": headline_workload(results),
         "keys": key_figures(results),
         "not_ok": not_ok(results),
+        "simulated": simulated,
+        "all_simulated": len(simulated) == len(found),
         "asked": asked(results["experiment"]),
+        "workloads": [workload_facts(w) for w in results["experiment"]["workloads"]],
+        "most_requests": MOST_REQUESTS,
+        "most_findings": MOST_FINDINGS,
         "environment": flatten(results["environment"]),
-        "methods": found,
+        "methods": drawn,
+        "grid": len(found) > len(drawn),
+        "base": cell(drawn[0].settings) if drawn else "",
         "startups": [(m, *startup_cells(m.startup)) for m in found if m.startup],
         "states": STATES,
         "method_panels": panels.method_panels(results, page),
         "pool_panels": pools,
         "queue_panels": panels.queue_panels(results, page, pools),
-        "latency_panels": panels.latency_panels(results, page),
+        "latency_panels": latency_panels(results, page),
+        "sweep_panels": sweep_panels(results, page),
+        "placement_panels": placement_panels(results, page),
+        "batch_panels": batch_panels(results, page),
         "memory_panels": panels.memory_panels(results, page),
         "preemptions": panels.preemption_rows(results),
         "maps": maps,
         "maps_left_out": left_out,
-        "without_blocks": [m for m in found if m.kv and m.kv["num_blocks"] is None],
+        "without_blocks": [m for m in drawn if m.kv and m.kv["num_blocks"] is None],
         "glossary": GLOSSARY,
         "capacity": capacity,
         "css": _asset("page.css"),
@@ -99,48 +117,10 @@ def vega_bundle() -> Markup:
     return _script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
-def asked(experiment: ExperimentInfo) -> list[tuple[str, str]]:
-    """What was asked, as names and values."""
-    model = experiment["model"]
-    kv, per_token = experiment["kv_memory_bytes"], model["kv_bytes_per_token"]
-    slots = kv // per_token if per_token else 0
-    repeats = experiment["repeats"]
-    return [
-        ("Model", f"{model['name']} ({model['num_parameters'] / 1e6:,.0f} M parameters)"),
-        ("Type", f"{experiment['dtype']}, on {experiment['threads']} threads"),
-        ("KV budget", f"{format_bytes(kv)}: {slots:,} slots of {format_bytes(per_token)}"),
-        ("Block size", f"{experiment['block_size']} slots"),
-        ("Maximum length", f"{experiment['max_model_len']:,} tokens a request"),
-        ("Token budget", f"{experiment['max_num_batched_tokens']:,} tokens a step"),
-        ("Watermark", f"{experiment['watermark']:.0%} of the blocks kept free at admission"),
-        ("Sampling", experiment["sampling"]),
-        ("Repeats", f"{repeats}, seed {experiment['seed']}"),
-    ]
-
-
 def startup_cells(startup: Any) -> list[str]:
     """Import, load, warm-up and their sum."""
     parts = [startup["import_s"], startup["load_s"], startup["warmup_s"]]
     return [seconds(part) for part in (*parts, sum(parts))]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as dotted names and text."""
-    flat: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat += flatten(value, f"{name}.")
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            for i, item in enumerate(value):
-                flat += flatten({str(i): item}, f"{name}.")
-        elif isinstance(value, list):
-            flat.append((name, ", ".join(map(str, value)) or "none"))
-        elif name.endswith("bytes") and isinstance(value, int):
-            flat.append((name.removesuffix("_bytes"), format_bytes(value)))
-        else:
-            flat.append((name, "–" if value is None else str(value)))
-    return flat
 
 
 def _template() -> Any:
@@ -163,6 +143,18 @@ def _script(text: str) -> Markup:
     # Inside strings and regular expressions, where alone these can occur, a backslash changes
     # nothing; it keeps the HTML parser from seeing an end or a comment.
     return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _title(results: Results) -> str:
+    """What ran, in a few words."""
+    found = [method for method in methods(results) if method.first["workloads"]]
+    kinds = len({method.name for method in found})
+    experiment = results["experiment"]
+    budgets = len(experiment["kv_memories"])
+    memory = "one KV budget" if budgets < 2 else f"{budgets} KV budgets"
+    plural = "s" if kinds != 1 else ""
+    title = f"{experiment['model']['name']}, {memory}, {kinds} method{plural}"
+    return title if len(found) == kinds else f"{title} in {len(found)} cells"
 
 
 def _date(created: str) -> str:

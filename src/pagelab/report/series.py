@@ -9,6 +9,8 @@ from pagelab.report.words import STATES
 from pagelab.results import MemorySamples, Steps, WorkloadRun
 
 MAX_POINTS = 1_000
+ALL_POINTS = 24_000  # of all series of a page together, so that many methods stay fast to open
+LEAST_POINTS = 150
 Columns = dict[str, list[Any]]
 
 
@@ -32,19 +34,24 @@ def thin(columns: Mapping[str, Sequence[float]], keep: Sequence[str], most: int)
     return sorted(chosen)
 
 
-def step_columns(run: WorkloadRun) -> Columns | None:
+def points_each(series: int) -> int:
+    """How many points each of several series may have."""
+    return max(LEAST_POINTS, min(MAX_POINTS, ALL_POINTS // max(1, series)))
+
+
+def step_columns(run: WorkloadRun, most: int = MAX_POINTS) -> Columns | None:
     """Ledger and queue over time, for a chart that draws each value back to the step before.
 
     Before the first step everything is free. None where no steps were recorded; a ledger
-    column that is missing or too short counts as 0.
+    column that is missing or too short counts as 0. At most `most` steps are kept.
     """
     steps = run["steps"]
     times = steps["t"]
     if not times:
         return None
-    names = [state.name for state in STATES] + ["running", "waiting"]
+    names = [*(state.name for state in STATES), "rounding", "running", "waiting"]
     full = {"t": list(times)} | {name: padded(steps, name, len(times)) for name in names}
-    at = thin(full, ("live", "running"), MAX_POINTS)
+    at = thin(full, ("live", "running"), most)
     pool = sum(full[state.name][0] for state in STATES)
     start = dict.fromkeys(names, 0) | {"free": pool, "waiting": full["waiting"][0]}
     columns: Columns = {"t": [0.0, *(round(full["t"][i], 4) for i in at)]}

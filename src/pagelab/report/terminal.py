@@ -11,10 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pagelab.config import format_bytes
-from pagelab.report.figures import Row, interval, not_ok, percent, rate, rows, seconds
+from pagelab.report.figures import interval, percent, rate, seconds
 from pagelab.report.headline import headline
+from pagelab.report.rows import Row, not_ok, shown_rows
+from pagelab.report.terminal_grid import name_of, print_grid
 from pagelab.report.words import STATES
 from pagelab.results import Equality, Finding, Results, Spread
+
+MOST_FINDINGS = 40  # the report has all
 
 _STYLES = {
     "live": "blue",
@@ -45,6 +49,11 @@ def _median(row: Row, name: str) -> float:
     return spread["median"]
 
 
+def _goodput(row: Row) -> str:
+    met = row.summary["goodput_per_s"]
+    return "–" if met is None else rate(met["median"])
+
+
 def _speed_range(row: Row) -> str:
     spread = row.summary["output_tokens_per_s"]
     return interval(rate(spread["min"]), rate(spread["max"])) or "–"
@@ -53,6 +62,7 @@ def _speed_range(row: Row) -> str:
 _COLUMNS = (
     Column("tok/s", lambda r: rate(_median(r, "output_tokens_per_s"))),
     Column("repeats", _speed_range, wide=True),
+    Column("goodput", _goodput, wide=True),
     Column("time", lambda r: seconds(_median(r, "duration_s"))),
     Column("TTFT", lambda r: seconds(_median(r, "ttft_mean_s"))),
     Column("TTFT p95", lambda r: seconds(_median(r, "ttft_p95_s")), wide=True),
@@ -82,6 +92,11 @@ def print_summary(
     """
     console.print()
     console.print(Text(headline(results), style="bold"))
+    if any(run["simulated"] for run in results["runs"]):
+        model = results["experiment"]["cost_model"] or "not named"
+        console.print(
+            Text(f"Rows with ~ are simulated, not measured. Cost model: {model}", "yellow")
+        )
     if not results["complete"]:
         note = results["note"] or "The experiment ended early."
         console.print(Text(f"Not complete. {note}", style="yellow"))
@@ -90,12 +105,13 @@ def print_summary(
         line = f"{run['label']}{repeat} {run['status']}: {run['reason'] or 'no reason was given'}"
         console.print(Text(line, style="yellow"))
     for workload in results["experiment"]["workloads"]:
-        table = rows(results, workload["name"])
+        table = shown_rows(results, workload["name"])
         if table:
             console.print()
             console.print(Text.assemble((workload["name"], "bold"), f"  {workload['title']}"))
             console.print(_side_by_side(table, console.width))
             _print_bars(table, console)
+            print_grid(results, workload["name"], console)
     _print_equality(results["equality"], console)
     _print_analysis(results["analysis"], console)
     _print_files(files or {}, console)
@@ -105,6 +121,8 @@ def _side_by_side(table: list[Row], width: int) -> Table:
     columns = [c for c in _COLUMNS if width >= 120 or not c.wide]
     if all(row.summary["repeats"] == 1 for row in table):
         columns = [c for c in columns if c.head != "repeats"]
+    if all(row.summary["goodput_per_s"] is None for row in table):
+        columns = [c for c in columns if c.head != "goodput"]
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     grid.add_column("method", overflow="ellipsis", no_wrap=True)
     for column in columns:
@@ -112,7 +130,7 @@ def _side_by_side(table: list[Row], width: int) -> Table:
     for row in table:
         style = "bold" if row.method.phase == "paged" else ""
         cells = (column.show(row) for column in columns)
-        grid.add_row(Text(row.method.label), *cells, style=style)
+        grid.add_row(Text(name_of(row)), *cells, style=style)
     return grid
 
 
@@ -120,14 +138,15 @@ def _print_bars(table: list[Row], console: Console) -> None:
     with_ledger = [row for row in table if row.shares]
     if not with_ledger:
         return
-    width = min(60, console.width - 34)
+    longest = max(len(name_of(row)) for row in with_ledger)
+    width = max(10, min(60, console.width - longest - len("  8.8 % live")))
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
     grid.add_column("method", overflow="ellipsis", no_wrap=True)
     grid.add_column("bar", no_wrap=True)
     grid.add_column("live", justify="right", no_wrap=True)
     for row in with_ledger:
         live = f"{percent(row.shares['live'])} live"
-        grid.add_row(Text(row.method.label), ledger_bar(row.shares, width), live)
+        grid.add_row(Text(name_of(row)), ledger_bar(row.shares, width), live)
     console.print()
     console.print(_bar_legend())
     console.print(grid)
@@ -185,11 +204,14 @@ def _print_analysis(findings: list[Finding], console: Console) -> None:
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     grid.add_column("verdict", no_wrap=True)
     grid.add_column("text", ratio=1)
-    for finding in findings:
+    for finding in findings[:MOST_FINDINGS]:
         word, style = _VERDICTS[finding["verdict"]]
         where = f"{finding['workload']}: " if finding["workload"] else ""
         grid.add_row(Text(word, style=style), Text(where + finding["text"]))
     console.print(grid)
+    if len(findings) > MOST_FINDINGS:
+        more = len(findings) - MOST_FINDINGS
+        console.print(Text(f"{more} more findings are in the report.", style="dim"))
 
 
 def _print_files(files: Mapping[str, Path], console: Console) -> None:

@@ -49,6 +49,7 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.kv = kv
+        self.max_model_len = kv.config.max_model_len  # tokens that a sequence may reach
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []  # by priority key
         self.waiting: list[Sequence] = []  # by priority key
@@ -58,11 +59,6 @@ class Scheduler:
         self._released: dict[SequenceId, int] = {}
         self._preempted: list[PreemptionRecord] = []
         self._step = 0
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that a sequence may reach."""
-        return self.kv.config.max_model_len
 
     @property
     def has_work(self) -> bool:
@@ -132,7 +128,9 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         preemptions = self.num_preemptions
         for sequence in list(self.running):
-            count = min(sequence.num_schedulable, budget)
+            count = sequence.num_schedulable
+            if count > budget:
+                count = budget
             if count > 0 and sequence.status is Status.RUNNING and self._hold(sequence, count):
                 scheduled.append(self._scheduled(sequence, count))
                 budget -= count
@@ -160,21 +158,24 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 self._release_when_idle(sequence)
                 continue
-            error = result.errors.get(part.sequence_id)
+            error = result.errors.get(part.sequence_id) if result.errors else None
             if error is not None:
                 self.finish(sequence, FinishReason.ERROR, error)
                 events.append(TokenEvent(sequence, None, FinishReason.ERROR))
                 continue
-            again = min(part.end, sequence.max_computed) - part.start
-            sequence.request.metrics.num_recomputed_tokens += max(0, again)
-            sequence.num_computed = part.end
-            sequence.max_computed = max(sequence.max_computed, part.end)
-            self.kv.commit(sequence.id, part.end, sequence.token_ids)
+            end = part.end
+            if part.start < sequence.max_computed:
+                again = min(end, sequence.max_computed) - part.start
+                sequence.request.metrics.num_recomputed_tokens += again
+            sequence.num_computed = end
+            if end > sequence.max_computed:
+                sequence.max_computed = end
+            self.kv.commit(sequence.id, end, sequence.token_ids)
             if part.samples:
                 events.append(self._append(sequence, result.sampled[part.sequence_id]))
             if sequence.status is Status.PREEMPTED:
                 self._release_when_idle(sequence)
-            if sequence.id.sample == 0:
+            if len(sequence.request.sequences) > 1 and sequence.id.sample == 0:
                 self._start_forks(sequence.request)
         return events
 
@@ -228,8 +229,9 @@ class Scheduler:
 
     def _hold(self, sequence: Sequence, count: int) -> bool:
         """Get the blocks for `count` more tokens, preempting later sequences where needed."""
-        demand = sequence.demand(sequence.start + count, self.max_model_len)
-        while not self.kv.hold(sequence.id, sequence.start, demand):
+        start = sequence.num_computed + sequence.num_in_flight
+        demand = sequence.demand(start + count, self.max_model_len)
+        while not self.kv.hold(sequence.id, start, demand):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence or victim.num_in_flight > 0:
@@ -259,17 +261,10 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         demand = sequence.demand(sequence.num_tokens, self.max_model_len)
-        parent = sequence.request.sequences[0]
         shared = sequence.request.num_prompt_tokens - 1  # the last one is computed, to sample
-        if (
-            sequence is not parent
-            and not self.kv.allocator.contiguous
-            and sequence.num_output_tokens == 0
-            and shared > 0
-            and parent.status is Status.RUNNING
-            and parent.num_computed > shared
-        ):
-            if not self.kv.fork(parent.id, sequence.id, shared, demand):
+        sibling = self._sibling_with_prompt(sequence, shared)
+        if sibling is not None:
+            if not self.kv.fork(sibling.id, sequence.id, shared, demand):
                 return False
             num_cached = shared
         else:
@@ -278,28 +273,45 @@ class Scheduler:
                 return False
             num_cached = cached
         sequence.num_computed = num_cached
-        if sequence is parent and sequence.max_computed == 0:
+        if sequence.id.sample == 0 and sequence.max_computed == 0:
             sequence.request.metrics.num_cached_tokens = num_cached
         return True
 
+    def _sibling_with_prompt(self, sequence: Sequence, shared: int) -> Sequence | None:
+        """A running sample of the same request whose prompt is computed, to fork from.
+
+        A preempted sample comes back in this way, too: only its output is computed again.
+        """
+        siblings = sequence.request.sequences
+        if len(siblings) == 1 or shared == 0 or self.kv.allocator.contiguous:
+            return None
+        for other in siblings:
+            if (
+                other is not sequence
+                and other.status is Status.RUNNING
+                and other.num_computed > shared
+            ):
+                return other
+        return None
+
     def _scheduled(self, sequence: Sequence, count: int) -> ScheduledSequence:
         request, start = sequence.request, sequence.start
-        num_tokens = sequence.num_tokens + sequence.num_pending
+        num_tokens = len(sequence.token_ids) + sequence.num_pending
         samples = start + count == num_tokens
         output_index = num_tokens - sequence.num_prompt_tokens
         suppressed: tuple[int, ...] = ()
         if samples and output_index < request.params.min_tokens:
             suppressed = (*self.eos_token_ids, *request.params.stop_token_ids)
-        part = ScheduledSequence(
-            sequence_id=sequence.id,
-            start=start,
-            num_tokens=count,
-            token_ids=tuple(sequence.token_ids[start : start + count]),
-            block_ids=self.kv.block_ids(sequence.id),
-            samples=samples,
-            position_seed=(request.seed + sequence.id.sample, output_index),
-            params=request.params,
-            suppressed=suppressed,
+        part = ScheduledSequence(  # by position: names would cost a tenth of a step
+            sequence.id,
+            start,
+            count,
+            tuple(sequence.token_ids[start : start + count]),
+            self.kv.block_ids(sequence.id),
+            samples,
+            (request.seed + sequence.id.sample, output_index),
+            request.params,
+            suppressed,
         )
         sequence.num_in_flight += count
         sequence.num_pending += samples
@@ -324,14 +336,15 @@ class Scheduler:
         return TokenEvent(sequence, token, reason)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.request.params
-        num_output = sequence.num_output_tokens
+        request = sequence.request
+        params = request.params
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
         if num_output >= params.min_tokens:
-            if token_id in self.eos_token_ids and not params.ignore_eos:
+            if not params.ignore_eos and token_id in self.eos_token_ids:
                 return FinishReason.STOP
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP
-        if num_output >= sequence.request.final_output_tokens:
+        if num_output >= request.final_output_tokens:
             return FinishReason.LENGTH
         return None
 

@@ -33,6 +33,7 @@ class HfGenerate(TransformersMethod):
 
     def run(self, workload: Workload) -> WorkloadRun:
         """Generate for one request after another, in order of arrival."""
+        self.seed()
         recorder = StepRecorder(self.pool)
         results: list[RequestResult] = []
         total, done = workload.output_tokens, 0

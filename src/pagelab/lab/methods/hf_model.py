@@ -24,12 +24,11 @@ class TransformersMethod(Method):
     pool: int  # slots of the KV budget
 
     def load_model(self) -> None:
-        """Load weights, and set what all runs share: threads, greedy, no end of sequence."""
+        """Load weights, and set what all runs share: threads, sampling, no end of sequence."""
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", module="transformers")
         torch.set_num_threads(self.job.threads)
-        torch.manual_seed(self.job.seed)
         source = resolve(self.job.model)
         spec = load_spec(source)
         self.bytes_per_token = spec.kv_layout(self.job.dtype, 1).bytes_per_token
@@ -38,9 +37,18 @@ class TransformersMethod(Method):
         config = self.model.generation_config
         config.eos_token_id = None  # nothing ends early, and no token is suppressed for it
         config.pad_token_id = 0
-        config.do_sample = False
-        config.temperature = config.top_p = config.top_k = None
         config.max_length = None
+        if self.job.temperature > 0:  # the whole distribution, at this temperature
+            config.do_sample = True
+            config.temperature, config.top_k, config.top_p = self.job.temperature, 0, 1.0
+        else:
+            config.do_sample = False
+            config.temperature = config.top_p = config.top_k = None
+        self.seed()
+
+    def seed(self) -> None:
+        """Start the random numbers anew: a run's samples do not depend on what ran before it."""
+        torch.manual_seed(self.job.seed)
 
     def generate(
         self,
@@ -61,7 +69,6 @@ class TransformersMethod(Method):
                 torch.tensor(padded),
                 attention_mask=torch.tensor(mask),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 stopping_criteria=[on_token],
                 **options,
             )

@@ -56,6 +56,7 @@ class HfStatic(TransformersMethod):
 
     def run(self, workload: Workload) -> WorkloadRun:
         """Serve the requests in order of arrival, batch after batch."""
+        self.seed()
         recorder = StepRecorder(self.pool)
         results: list[RequestResult] = []
         queue = list(workload.requests)

@@ -22,7 +22,11 @@ const PageLab = (() => {
   function remember(changes) {
     const now = settings();
     for (const [name, value] of Object.entries(changes)) now.set(name, value);
-    history.replaceState(null, "", "#" + now);
+    try {
+      history.replaceState(null, "", "#" + now);
+    } catch {
+      // A page inside another one (a notebook's output, say) has no address of its own.
+    }
   }
 
   // -- light and dark: colours are CSS variables, so nothing has to be drawn again but canvases
@@ -65,7 +69,12 @@ const PageLab = (() => {
     const tables = {};
     const count = () => { root.dataset.charts = `${drawn}/${page.charts.length}`; };
     count();
+    let since = performance.now();
     for (const chart of page.charts) {
+      if (performance.now() - since > 60) { // let the page scroll and answer between charts
+        await new Promise((resume) => setTimeout(resume));
+        since = performance.now();
+      }
       const spec = { ...chart.spec, datasets: {} };
       for (const name of chart.uses) {
         spec.datasets[name] = tables[name] ||= rowsOf(page.data[name]);
@@ -114,37 +123,68 @@ const PageLab = (() => {
     return row;
   }
 
+  // The rows of a tip at x: what it is called there, and each series' figure.
+  function figuresAt({ mode, unit, rows, xs, names }, x) {
+    const nearest = mode === "nearest" ? xs.indexOf(x) : -1;
+    const found = [line(nearest < 0 ? `${figure(Math.max(x, 0))} s` : names[nearest], unit)];
+    for (const [name, field, label] of rows) {
+      const columns = page.data[name];
+      const at = columns.t || columns.x;
+      const i = mode === "nearest" ? at.indexOf(x) : entryAt(at, x, mode);
+      const value = columns[field][i];
+      let text = value === undefined ? (i < 0 ? "0" : "done") : figure(value);
+      if (unit === "share") text = `${Math.round((value || 0) * 1000) / 10} %`;
+      if (mode === "nearest" && value === undefined) text = "not run";
+      found.push(line(label, text));
+    }
+    return found;
+  }
+
   function hoverable(element, chart, view) {
-    const { mode, unit, rows } = chart.hover;
-    const cross = document.createElement("div");
+    const cross = element.appendChild(document.createElement("div"));
     cross.className = "cross";
     cross.hidden = true;
-    element.append(cross);
-    const leave = () => { cross.hidden = tip.hidden = true; };
-    element.addEventListener("pointerleave", leave);
-    element.addEventListener("pointercancel", leave);
-    element.addEventListener("pointermove", (event) => {
-      const box = element.getBoundingClientRect();
+    const { xs } = chart.hover;
+    const place = (x) => view.scale("x")(x);
+    const closest = (at) => xs.reduce((a, b) => (Math.abs(place(b) - at) < Math.abs(place(a) - at) ? b : a));
+    let position = null; // pixels from the left of the plot
+    const leave = () => { cross.hidden = tip.hidden = true; position = null; };
+
+    function show(at, clientX, clientY) {
       const [left, top] = view.origin();
-      const at = event.clientX - box.left - left;
       if (at < 0 || at > view.width()) return leave();
-      const x = view.scale("x").invert(at);
-      tip.replaceChildren(line(`${figure(Math.max(x, 0))} s`, unit));
-      for (const [name, field, label] of rows) {
-        const columns = page.data[name];
-        const xs = columns.t || columns.x;
-        const i = entryAt(xs, x, mode);
-        const value = columns[field][i];
-        let text = value === undefined ? (i < 0 ? "0" : "done") : figure(value);
-        if (unit === "share") text = `${Math.round((value || 0) * 100)} %`;
-        tip.append(line(label, text));
-      }
+      const x = xs ? closest(at) : view.scale("x").invert(at);
+      position = xs ? place(x) : at;
+      tip.replaceChildren(...figuresAt(chart.hover, x));
       cross.hidden = tip.hidden = false;
-      cross.style.cssText = `left:${left + at}px;top:${top}px;height:${view.height()}px`;
-      const right = event.clientX + 16 + tip.offsetWidth > innerWidth;
-      const below = event.clientY + 16 + tip.offsetHeight > innerHeight;
-      tip.style.left = `${right ? Math.max(4, event.clientX - tip.offsetWidth - 12) : event.clientX + 16}px`;
-      tip.style.top = `${below ? event.clientY - tip.offsetHeight - 12 : event.clientY + 16}px`;
+      cross.style.cssText = `left:${left + position}px;top:${top}px;height:${view.height()}px`;
+      const right = clientX + 16 + tip.offsetWidth > innerWidth;
+      const below = clientY + 16 + tip.offsetHeight > innerHeight;
+      tip.style.left = `${right ? Math.max(4, clientX - tip.offsetWidth - 12) : clientX + 16}px`;
+      tip.style.top = `${below ? Math.max(4, clientY - tip.offsetHeight - 12) : clientY + 16}px`;
+      return undefined;
+    }
+
+    for (const name of ["pointerleave", "pointercancel", "blur"]) element.addEventListener(name, leave);
+    element.addEventListener("pointermove", (event) => {
+      show(event.clientX - element.getBoundingClientRect().left - view.origin()[0],
+        event.clientX, event.clientY);
+    });
+    element.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") return leave();
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step) return undefined;
+      event.preventDefault();
+      const width = view.width();
+      let at;
+      if (xs) {
+        const i = position === null ? (step > 0 ? -1 : xs.length) : xs.indexOf(closest(position));
+        at = place(xs[Math.max(0, Math.min(i + step, xs.length - 1))]);
+      } else {
+        at = Math.max(0, Math.min((position ?? (step > 0 ? 0 : width)) + step * width / 60, width));
+      }
+      const box = element.getBoundingClientRect();
+      return show(at, box.left + view.origin()[0] + at, box.top + 12);
     });
   }
 
@@ -169,7 +209,7 @@ const PageLab = (() => {
 
   // -- data tables, made when they are opened: most never are
 
-  const HEADS = { t: "time, s", x: "seconds", share: "share at or below", rss: "RSS, MiB", device: "device, MiB" };
+  const HEADS = { t: "time, s", x: "seconds", share: "share at or below", rounding: "of external: rounded up", rss: "RSS, MiB", device: "device, MiB" };
   document.addEventListener("toggle", (event) => {
     const details = event.target;
     const columns = page.data[details.dataset?.table];
@@ -192,6 +232,17 @@ const PageLab = (() => {
     });
     box.append(table);
   }, true);
+
+  // On paper nothing can be opened: small tables are open there, long ones stay away.
+  const folded = () => document.querySelectorAll("details.figures:not([open])");
+  let opened = [];
+  window.addEventListener("beforeprint", () => {
+    opened = [...folded()];
+    opened.forEach((details) => { details.open = true; });
+  });
+  window.addEventListener("afterprint", () => {
+    opened.forEach((details) => { details.open = false; });
+  });
 
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", async () => {

@@ -64,7 +64,8 @@ def main() -> int:
         f"\n{workload.name}: {len(workload.requests)} requests, "
         f"{sum(len(r.token_ids) for r in workload.requests)} tokens in, "
         f"{workload.output_tokens} out; {args.dtype}, {plan.threads} threads, KV budget "
-        f"{plan.grid.base.kv_memory >> 20} MiB, max length {plan.max_model_len}; {args.rounds} rounds"
+        f"{plan.grid.base.kv_memory >> 20} MiB, max length {plan.max_model_len}; "
+        f"{args.rounds} rounds"
     )
     print(f"{'':24}{'tok/s':>10}{'paged is so many times faster':>36}{'target':>10}")
     missed = False

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--ignore-eos", is_flag=True, help="Go on past end-of-sequence.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", type=DTYPES, default="auto", show_default=True)
-@click.option("--allocator", default="paged", show_default=True, help="paged or contiguous-max.")
+@click.option(
+    "--allocator", default="paged", show_default=True, help="One of the five, or module:Class."
+)
 @click.option("--attention", default="auto", show_default=True, help="auto, cpu or reference.")
 @click.option("--quiet", is_flag=True, help="No figures at the end.")
 def generate(prompts: tuple[str, ...], **options: Any) -> None:

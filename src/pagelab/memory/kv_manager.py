@@ -65,10 +65,11 @@ class KVManager:
         self._num_written = 0  # slots of all tables, likewise
         shortest = Demand(1, 1, 1, 1, config.max_model_len)
         if contiguous and not self.fits_ever(shortest):
+            slots = config.num_blocks * config.block_size
             raise InsufficientMemoryError(
                 f"{self.allocator.name} reserves {self.allocator.slots(shortest)} tokens for each "
-                f"sequence (max_model_len = {config.max_model_len}), and the KV pool of {config.num_blocks * config.block_size} slots "
-                f"has no range that long: raise --kv-memory or lower --max-model-len"
+                f"sequence (max_model_len = {config.max_model_len}), and the KV pool of {slots} slots "
+                "has no range that long: raise --kv-memory or lower --max-model-len"
             )
 
     # What is held

@@ -68,8 +68,8 @@ class KVManager:
             slots = config.num_blocks * config.block_size
             raise InsufficientMemoryError(
                 f"{self.allocator.name} reserves {self.allocator.slots(shortest)} tokens for each "
-                f"sequence (max_model_len = {config.max_model_len}), and the KV pool of {slots} slots "
-                "has no range that long: raise --kv-memory or lower --max-model-len"
+                f"sequence (max_model_len = {config.max_model_len}), and the KV pool of {slots} "
+                "slots has no range that long: raise --kv-memory or lower --max-model-len"
             )
 
     # What is held

@@ -164,7 +164,14 @@ class TestCommand:
 
     def test_a_roofline_is_faster_on_a_faster_card(self) -> None:
         def rate(card: str) -> float:
-            words: tuple[str, ...] = ("--model", "llama-3.1-8b", "--workload", "mixed", "--json", "--dtype")
+            words: tuple[str, ...] = (
+                "--model",
+                "llama-3.1-8b",
+                "--workload",
+                "mixed",
+                "--json",
+                "--dtype",
+            )
             words += ("bfloat16", "--allocators", "paged", "--kv-memory", "4GiB")
             result = CliRunner().invoke(
                 main, ["simulate", "--cost-model", f"roofline:{card}", *words]
@@ -186,7 +193,15 @@ class TestCommand:
             for i in range(6)
         ]
         path.write_text("\n".join(json.dumps(line) for line in lines))
-        words: tuple[str, ...] = ("--model", "gpt2", "--workload", str(path), "--allocators", "paged", "--json")
+        words: tuple[str, ...] = (
+            "--model",
+            "gpt2",
+            "--workload",
+            str(path),
+            "--allocators",
+            "paged",
+            "--json",
+        )
         words += ("--max-model-len", "1024", "--too-long", "clip", "--kv-memory", "256MiB")
         found = json.loads(self.run(*words).stdout)[0]
         without = json.loads(self.run(*words, "--no-prefix-cache").stdout)[0]

@@ -61,6 +61,7 @@ class KVManager:
         self._tables: dict[SequenceId, BlockTable] = {}
         self._copies: list[tuple[BlockId, BlockId]] = []
         self._root = root_hash()
+        self._looked_up: tuple[Sequence[int], list[BlockHash]] = ((), [])
         self._num_table_blocks = 0  # of all tables, shared ones once a table
         self._num_written = 0  # slots of all tables, likewise
         shortest = Demand(1, 1, 1, 1, config.max_model_len)
@@ -137,6 +138,7 @@ class KVManager:
             return None
         num_cached = len(hits) * self.config.block_size
         self._tables[sequence_id] = BlockTable(hits + block_ids, num_cached, hashes[: len(hits)])
+        self._looked_up = ((), [])
         self._num_table_blocks += len(hits) + len(block_ids)
         self._num_written += num_cached
         if self.prefix_cache is not None:
@@ -266,15 +268,23 @@ class KVManager:
         return self.pool.num_allocatable - blocks >= keep
 
     def _prefix_hashes(self, token_ids: Sequence[int]) -> list[BlockHash]:
+        """Hashes of the full blocks before the last token, which is always computed.
+
+        The head of the queue asks at every step until it is admitted, so what was hashed for it
+        is kept; its tokens only grow.
+        """
         if self.prefix_cache is None:
             return []
-        size = self.config.block_size
-        hashes: list[BlockHash] = []
-        parent = self._root
-        for i in range((len(token_ids) - 1) // size):  # the last token is always computed
+        size, count = self.config.block_size, (len(token_ids) - 1) // self.config.block_size
+        known, hashes = self._looked_up
+        if known is not token_ids:
+            hashes = []
+            self._looked_up = (token_ids, hashes)
+        parent = hashes[-1] if hashes else self._root
+        for i in range(len(hashes), count):
             parent = hash_block(parent, token_ids[i * size : (i + 1) * size])
             hashes.append(parent)
-        return hashes
+        return hashes[:count]
 
     def _register_full_blocks(
         self, table: BlockTable, cache: PrefixCache, token_ids: Sequence[int]

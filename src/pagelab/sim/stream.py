@@ -101,6 +101,7 @@ def simulate_stream(
     name: str = "stream",
     vocab_size: int = 32_000,
     seed: int = 0,
+    samples: int = 1,
     allocator: Allocator | None = None,
     on_progress: Progress | None = None,
 ) -> StreamSummary:
@@ -117,6 +118,8 @@ def simulate_stream(
         name: of the workload, for the prompts.
         vocab_size: of the model.
         seed: of the prompts.
+        samples: parallel samples of each prompt, each of the shape's output length. Running ones
+            are then counted, not requests; latencies are those of the first sample.
         allocator: an instance, instead of `memory.allocator`'s name.
         on_progress: see `Progress`.
     """
@@ -126,7 +129,7 @@ def simulate_stream(
     runner.distinct = core.kv.prefix_cache is not None
     meter = _Meter(core, on_progress)
     core.on_step = meter.step
-    feed = _Feed(core, shapes, _prompts(core, name, vocab_size, seed))
+    feed = _Feed(core, shapes, _prompts(core, name, vocab_size, seed), samples)
     while True:
         feed.fill(clock.now)
         if core.has_unfinished_requests:
@@ -152,8 +155,14 @@ def _prompts(core: EngineCore, name: str, vocab_size: int, seed: int) -> Prompts
 class _Feed:
     """Hands arrived requests to the engine: no more than it could admit in one step."""
 
-    def __init__(self, core: EngineCore, shapes: Iterable[RequestShape], prompts: Prompts) -> None:
-        self._core, self._prompts = core, prompts
+    def __init__(
+        self,
+        core: EngineCore,
+        shapes: Iterable[RequestShape],
+        prompts: Prompts,
+        samples: int,
+    ) -> None:
+        self._core, self._prompts, self._samples = core, prompts, samples
         self._shapes: Iterator[RequestShape] = iter(shapes)
         self._next = next(self._shapes, None)
         self._params: dict[int, SamplingParams] = {}
@@ -193,7 +202,9 @@ class _Feed:
         """Kept by length: there are few, and checking one takes longer than finding it."""
         params = self._params.get(max_tokens)
         if params is None:
-            params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, seed=0)
+            params = SamplingParams(
+                max_tokens=max_tokens, temperature=0, ignore_eos=True, seed=0, n=self._samples
+            )
             if len(self._params) < 10_000:
                 self._params[max_tokens] = params
         return params
@@ -231,15 +242,19 @@ class _Meter:
             self._peak = running
         self._steps += 1
         in_turn = 0  # tokens that followed one of the step before
-        for event in record.events:
-            times = event.sequence.request.metrics.token_times
-            if len(times) > 1:
+        ended: dict[str, Request] = {}
+        for sequence, _, finish_reason in record.events:
+            request = sequence.request
+            times = request.metrics.token_times
+            if len(times) > 1 and sequence.id.sample == 0:
                 if times[-2] == then:
                     in_turn += 1
                 else:
                     self.itl.add(now - times[-2])
-            if event.finish_reason is not None:
-                self._finished(event.sequence.request)
+            if finish_reason is not None and request.finished:
+                ended[request.id] = request
+        for request in ended.values():
+            self._finished(request)
         if in_turn:
             self.itl.add(now - then, in_turn)
         self._then = now
@@ -251,7 +266,7 @@ class _Meter:
         times, arrival = metrics.token_times, metrics.arrival_time
         self._requests += 1
         self._prompt_tokens += request.num_prompt_tokens
-        self._output_tokens += len(times)
+        self._output_tokens += sum(s.num_output_tokens for s in request.sequences)
         self._recomputed += metrics.num_recomputed_tokens
         self._cached += metrics.num_cached_tokens
         assert metrics.first_scheduled_time is not None

@@ -3,21 +3,23 @@
 ::
 
     seconds = constant
-            + Σ slope[k] · max(0, new tokens - knot[k])     linear layers, see below
+            + Σ slope[k] · new tokens from knot[k] to knot[k + 1]   linear layers, see below
             + per_sequence · sequences                      inputs, attention calls
             + per_sample · tokens sampled                   the output head, sampling
             + per_kv_token · K/V positions read             attention's bytes
             + per_pair · (query, key) pairs of chunks       attention's arithmetic
 
 A linear layer reads its weights once, whatever the rows, and computes for every row: flat as long
-as reading takes longer, then rising. The hinges draw that curve.
+as reading takes longer, then rising. The slopes between the knots draw that curve.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +69,7 @@ class CostModel:
         name: for people: `unit`, `roofline:h100`, `calibrated: …`.
         constant: of a step.
         knots: rising numbers of new tokens, at which the price of a token changes.
-        slopes: what a token beyond each knot costs more.
+        slopes: the price of a token between each knot and the next; below the first it is free.
         per_sequence, per_sample, per_kv_token, per_pair: as in the formula.
         provenance: where it comes from: machine, model, error of the fit.
     """
@@ -105,11 +107,10 @@ class CostModel:
             + self.per_kv_token * step.kv_tokens
             + self.per_pair * step.pairs
         )
-        tokens = step.tokens
-        for knot, slope in zip(self.knots, self.slopes, strict=True):
-            if tokens <= knot:
+        for (knot, end), slope in zip(pairwise((*self.knots, math.inf)), self.slopes, strict=True):
+            if step.tokens <= knot:
                 break
-            total += slope * (tokens - knot)
+            total += slope * (min(step.tokens, end) - knot)
         return total
 
     def save(self, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import transformers
 from transformers import StaticCache
 
 from pagelab.config import format_bytes
@@ -14,6 +15,9 @@ from pagelab.lab.methods.recording import StepRecorder, request_result, wait_unt
 from pagelab.lab.protocol import MethodUnavailableError
 from pagelab.results import KVCapacity, RequestResult, WorkloadRun
 from pagelab.workloads import Workload, WorkloadRequest
+
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_CACHE_ARGUMENT = "cache" if _VERSION >= (5, 24) else "past_key_values"  # renamed there
 
 
 class HfStatic(TransformersMethod):
@@ -102,9 +106,11 @@ class HfStatic(TransformersMethod):
             [list(request.token_ids) for request in batch],
             max(request.max_tokens for request in batch),
             watch,
-            past_key_values=StaticCache(
-                config=self.model.config, max_cache_len=self.job.max_model_len
-            ),
+            **{
+                _CACHE_ARGUMENT: StaticCache(
+                    config=self.model.config, max_cache_len=self.job.max_model_len
+                )
+            },
             # compiling takes longer than such a run, and on a CPU it did not pay
             disable_compile=True,
         )

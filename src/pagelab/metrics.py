@@ -34,6 +34,8 @@ from pagelab.results import (
     WorkloadRun,
 )
 
+SAME_WITHIN = 0.05  # figures that differ by less count as the same
+
 
 def completed(requests: Iterable[RequestResult]) -> list[RequestResult]:
     """Requests that ended as asked, with at least one token."""
@@ -88,6 +90,23 @@ def spread(values: Sequence[float]) -> Spread:
     if not values:
         return {"median": 0.0, "min": 0.0, "max": 0.0}
     return {"median": percentile(values, 50), "min": min(values), "max": max(values)}
+
+
+def is_close(a: Spread, b: Spread) -> bool:
+    """Whether the medians differ by at most 5 % of the larger."""
+    mine, other = a["median"], b["median"]
+    return abs(mine - other) <= SAME_WITHIN * max(abs(mine), abs(other))
+
+
+def differ(a: Spread, b: Spread) -> int:
+    """1 if `a` is larger than `b`, -1 if smaller, 0 if no difference can be claimed.
+
+    Within 5 % of each other, or with overlapping repeats, two figures count as the same.
+    """
+    overlap = a["min"] <= b["max"] and b["min"] <= a["max"]
+    if overlap or is_close(a, b):
+        return 0
+    return 1 if a["median"] > b["median"] else -1
 
 
 def output_rate(output_tokens: int, duration_s: float) -> float:

@@ -62,6 +62,16 @@ class ModelInfo(TypedDict):
     kv_bytes_per_token: int  # in this experiment's dtype
 
 
+SettingKey = Literal["kv_memory_bytes", "block_size", "watermark", "placement"]
+SETTING_KEYS: tuple[SettingKey, ...] = ("kv_memory_bytes", "block_size", "watermark", "placement")
+"""What a grid varies: fields of `RunSettings`, and of `ExperimentInfo` with the base's values."""
+
+LedgerShare = Literal[
+    "live", "reserved", "internal", "cached", "free", "external", "rounding", "shared_saved"
+]
+"""The shares of the pool in `LedgerSummary`."""
+
+
 class RunSettings(TypedDict):
     """Where a run stands in the grid."""
 
@@ -364,15 +374,16 @@ class Results(TypedDict):
     analysis: list[Finding]
 
 
-def is_base(run: MethodRun | Summary, experiment: ExperimentInfo) -> bool:
-    """True for a run (or its summary) of the base cell: the one that charts show first."""
+def is_base(
+    run: MethodRun | Summary, experiment: ExperimentInfo, *, but: SettingKey | None = None
+) -> bool:
+    """True for a run (or its summary) of the base cell: the one that charts show first.
+
+    With `but`, also for those that differ from it in that setting alone: a sweep's.
+    """
     settings = run["settings"]
-    return (
-        run["axis"] == "budget"
-        and settings["kv_memory_bytes"] == experiment["kv_memory_bytes"]
-        and settings["block_size"] == experiment["block_size"]
-        and settings["watermark"] == experiment["watermark"]
-        and settings["placement"] == experiment["placement"]
+    return run["axis"] == "budget" and all(
+        key == but or settings[key] == experiment[key] for key in SETTING_KEYS
     )
 
 

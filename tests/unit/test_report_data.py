@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pagelab.metrics import differ
 from pagelab.report.blockmap import block_maps, code_events, code_tokens, first_view
-from pagelab.report.figures import differ, interval, joined, percent, rate, seconds
+from pagelab.report.figures import interval, joined, percent, rate, seconds
 from pagelab.report.headline import headline, headline_workload, key_figures
 from pagelab.report.rows import methods, rows
 from pagelab.report.series import cdf_columns, step_columns, thin
@@ -42,7 +43,7 @@ def test_synthetic_ledgers_add_up_and_agree_with_their_block_events() -> None:
             events = iter([*workload["block_events"], (1 << 30, 0, -1)])
             event = next(events)
             for i in range(len(steps["t"])):
-                slots = [steps[state.name][i] for state in STATES]  # type: ignore[literal-required]
+                slots = [steps[state.name][i] for state in STATES]
                 assert sum(slots) == run["kv"]["slots"]
                 assert min(slots) >= 0
                 while event[0] <= i:

@@ -72,7 +72,7 @@ def test_synthetic_grids_are_valid_results_whose_ledgers_add_up(
     for run in grid["runs"]:
         assert run["kv"] is not None
         [workload] = run["workloads"]
-        columns = [workload["steps"][state.name] for state in STATES]  # type: ignore[literal-required]
+        columns = [workload["steps"][state.name] for state in STATES]
         assert {sum(slots) for slots in zip(*columns, strict=True)} == {run["kv"]["slots"]}
 
 
@@ -350,7 +350,9 @@ def test_segments_fill_the_bar_and_rounding_is_a_part_of_external(
     parts: list[float], rounded: float
 ) -> None:
     total = sum(parts)
-    shares = {state.name: part / total for state, part in zip(STATES, parts, strict=True)}
+    shares: dict[str, float] = {
+        state.name: part / total for state, part in zip(STATES, parts, strict=True)
+    }
     segments: list[Any] = share_segments("m", shares, rounded * shares["external"])
     assert segments[0]["start"] == 0
     assert segments[-1]["end"] == pytest.approx(1.0, abs=1e-4)

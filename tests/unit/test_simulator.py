@@ -13,8 +13,17 @@ from pagelab.cli import main
 from pagelab.config import MemoryConfig, SchedulerConfig
 from pagelab.engine.replay import VirtualClock, replay
 from pagelab.errors import ConfigError
-from pagelab.lab.calibrate import Measured, fit, non_negative_least_squares
+from pagelab.lab import calibrate as calibration
+from pagelab.lab.calibrate import (
+    Load,
+    Measured,
+    calibration_path,
+    fit,
+    non_negative_least_squares,
+)
+from pagelab.lab.simulated import find_cost_model
 from pagelab.memory.allocators import ALLOCATORS
+from pagelab.models.shape_source import load_shape
 from pagelab.sim.cost_model import KNOTS, UNIT, CostModel, StepFeatures
 from pagelab.sim.reproduce import BLOCK_SIZE, FIGURES, fig2, saved_share
 from pagelab.sim.runner import CostModelRunner
@@ -235,3 +244,40 @@ def test_streams_are_read_lazily() -> None:
     stream = open_shapes("uniform:in=4..9,out=2..4,n=50")
     means = simulate_stream(stream, memory("paged", prefix_caching=False), SCHEDULING, cost=UNIT)
     assert means.requests == 50
+
+
+def test_a_calibration_is_found_again_under_every_way_to_name_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGELAB_CACHE", str(tmp_path))
+    for model in (None, "smollm2", str(tiny_model("llama"))):
+        shape = load_shape(model)
+        with pytest.raises(ConfigError, match="pagelab calibrate"):
+            find_cost_model(None, shape, "float32")
+        path = calibration_path(shape.name, "float32")
+        CostModel(name="kept", constant=1.0).save(path)
+        assert find_cost_model(None, load_shape(model), "float32").name == "kept"
+        path.unlink()
+
+
+def test_calibrate_keeps_its_prices_where_simulate_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGELAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "LOADS", (Load(1, 8, 12), Load(3, 8, 12)))
+    folder = str(tiny_model("llama"))
+    calibrated = CliRunner().invoke(main, ["calibrate", "--model", folder, "--threads", "1"])
+    assert calibrated.exit_code == 0, calibrated.output
+    words = ["--model", folder, "--workload", "uniform:n=4,in=4..9,out=3..6"]
+    words += ["--max-model-len", "64", "--allocators", "paged"]
+    result = CliRunner().invoke(main, ["simulate", *words])
+    assert result.exit_code == 0, result.output
+    assert "calibrated" in result.output
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        main, ["simulate", *words, "--out", str(out), "--max-num-seqs", "2", "--no-prefix-cache"]
+    )
+    assert result.exit_code == 0, result.output
+    [run] = json.loads((out / "results.json").read_text())["runs"]
+    assert max(run["workloads"][0]["steps"]["running"]) <= 2
+    assert run["workloads"][0]["prefix_queries"] == 0

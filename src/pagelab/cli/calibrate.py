@@ -25,7 +25,7 @@ import click
 def calibrate(out: Path | None, **options: Any) -> None:
     """Measure what steps cost on this machine, for `pagelab simulate`.
 
-    Runs the real engine for half a minute; keep the machine quiet meanwhile.
+    Runs the real engine for about a minute; keep the machine quiet meanwhile.
     """
     from rich.console import Console
     from rich.progress import Progress

@@ -50,13 +50,6 @@ def _objectives(_: click.Context, __: click.Parameter, value: str) -> Objectives
 )
 @click.option("--batch", type=int, help="Requests at once on the same-batch axis.")
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="The same for all methods.",
-)
-@click.option(
     "--temperature",
     default=0.0,
     show_default=True,
@@ -73,7 +66,6 @@ def _objectives(_: click.Context, __: click.Parameter, value: str) -> Objectives
     "none: no goodput.",
 )
 @click.option("--repeats", default=1, show_default=True, help="Runs of each row.")
-@click.option("--max-num-batched-tokens", default=512, show_default=True, help="Of one step.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -17,6 +17,16 @@ T = TypeVar("T")
 
 DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of weights and K/V, the same for all methods.",
+)
+_TOKEN_BUDGET = click.option(
+    "--max-num-batched-tokens", default=512, show_default=True, help="Of one step."
+)
 _MODEL = click.option(
     "--model",
     metavar="NAME",
@@ -120,6 +130,8 @@ def grid_options(command: F) -> F:
         ),
         _MAX_MODEL_LEN,
         _THREADS,
+        _DTYPE,
+        _TOKEN_BUDGET,
     )
 
 

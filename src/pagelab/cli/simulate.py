@@ -27,19 +27,11 @@ if TYPE_CHECKING:
 @grid_options
 @workload_options
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of weights and K/V.",
-)
-@click.option(
     "--cost-model",
     metavar="NAME",
     help="unit (a step is a second), roofline:h100 (a card's limits), or a file of `pagelab "
     "calibrate`.  [default: this machine's calibration]",
 )
-@click.option("--max-num-batched-tokens", default=512, show_default=True, help="Of one step.")
 @click.option("--max-num-seqs", default=256, show_default=True, help="Requests at once.")
 @click.option("--no-prefix-cache", is_flag=True, help="Look no prefixes up.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -71,7 +63,7 @@ def simulate(
     shape = load_shape(settings.model)
     cost = find_cost_model(cost_model, shape, settings.dtype)
     if out is not None:
-        _write(settings, cost, out)
+        _write(settings, cost, out, max_num_seqs, not no_prefix_cache)
         return
     cells = _run(settings, shape, cost, max_num_seqs, not no_prefix_cache)
     if as_json:
@@ -119,7 +111,13 @@ def _run(
         )
 
 
-def _write(settings: ExperimentSettings, cost: CostModel, out: Path) -> None:
+def _write(
+    settings: ExperimentSettings,
+    cost: CostModel,
+    out: Path,
+    max_num_seqs: int,
+    prefix_caching: bool,
+) -> None:
     from rich.console import Console
 
     from pagelab.lab.experiment import RESULTS_FILE
@@ -130,7 +128,13 @@ def _write(settings: ExperimentSettings, cost: CostModel, out: Path) -> None:
     from pagelab.results import save_results
 
     with Console(stderr=True).status("simulating") as status:
-        results = simulated_results(settings, cost, on_start=lambda label: status.update(label))
+        results = simulated_results(
+            settings,
+            cost,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+            on_start=status.update,
+        )
     save_results(results, out / RESULTS_FILE)
     start_ledger(out / LEDGER_FILE)
     for run in results["runs"]:

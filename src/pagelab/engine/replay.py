@@ -12,12 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pagelab.engine.core import EngineCore, StepRecord
-from pagelab.engine.workload_record import (
-    empty_steps,
-    micro,
-    summarize_ledger,
-    workload_run,
-)
+from pagelab.engine.workload_record import empty_steps, micro, workload_run
 from pagelab.errors import RequestError
 from pagelab.memory.allocators import Demand
 from pagelab.memory.ledger import LedgerEntry, LedgerRecorder
@@ -25,20 +20,6 @@ from pagelab.results import Preemption, RequestResult, Steps, WorkloadRun
 from pagelab.scheduling.sequence import Request
 from pagelab.types import SamplingParams, SequenceId
 from pagelab.workloads import Workload, WorkloadRequest
-
-__all__ = [
-    "Clock",
-    "RealClock",
-    "Stage",
-    "VirtualClock",
-    "demand_of",
-    "empty_steps",
-    "micro",
-    "replay",
-    "sampling_of",
-    "summarize_ledger",
-    "workload_run",
-]
 
 
 class Clock(Protocol):

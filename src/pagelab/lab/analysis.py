@@ -12,7 +12,6 @@ from pagelab.lab.comparison import (
     CONCURRENCY,
     LIVE,
     PEAK,
-    SAME_WITHIN,
     THROUGHPUT,
     TTFT,
     Row,
@@ -29,6 +28,7 @@ from pagelab.lab.comparison import (
 from pagelab.lab.methods import NATIVE
 from pagelab.lab.sweeps import further_cells, same_batch, sweeps
 from pagelab.memory.allocators import Paged
+from pagelab.metrics import SAME_WITHIN
 from pagelab.results import (
     Equality,
     ExperimentInfo,

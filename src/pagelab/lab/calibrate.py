@@ -15,11 +15,14 @@ import datetime
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pagelab.models.fetch import model_cache
+from pagelab.models.shape_source import load_shape
+from pagelab.scheduling.batch import Batch, StepResult
 from pagelab.sim.cost_model import KNOTS, CostModel, StepFeatures, features_of, relative_errors
 from pagelab.telemetry import available_cores, describe_environment
 from pagelab.types import SamplingParams
@@ -27,7 +30,7 @@ from pagelab.types import SamplingParams
 if TYPE_CHECKING:
     import numpy as np
 
-    from pagelab.engine.core import EngineCore
+    from pagelab.engine.core import EngineCore, Runner
 
 
 class Load(NamedTuple):
@@ -87,7 +90,7 @@ LOADS = (
     Load(14, 30, 30, every=2),
     Load(8, 160, 24, every=4),
 )
-"""What calibration runs: about 40 s of SmolLM2-135M on two cores."""
+"""What calibration runs: about a minute of SmolLM2-135M on two cores."""
 
 HOLD_OUT = 5  # every so many steps, one is not fitted
 OUTLIER = 0.4  # a step this far off the first fit was disturbed by something else
@@ -101,7 +104,7 @@ class Measured(NamedTuple):
 
 
 def calibration_path(model: str, dtype: str) -> Path:
-    """Where a model's calibration on this machine is kept."""
+    """Where a model's calibration on this machine is kept; `model` is its shape's name."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{model}-{dtype}")
     return model_cache().parent / "calibrations" / f"{name}.json"
 
@@ -143,7 +146,7 @@ def calibrate(
         measured,
         name=f"calibrated: {llm.source.name}, {llm.dtype}, {threads} threads",
         provenance={
-            "model": llm.source.name,
+            "model": load_shape(model).name,
             "dtype": llm.dtype,
             "threads": threads,
             "cpu": environment["cpu"]["model"],
@@ -154,15 +157,9 @@ def calibrate(
 
 def run_load(core: EngineCore, load: Load, number: int) -> Measured:
     """Run one load; every step's features and how long it took, scheduling included."""
+    runner = core.runner
     measured = Measured([], [])
-    submit = core.runner.submit
-    seen: list[StepFeatures] = []
-
-    def watched(batch: Any) -> Any:
-        seen.append(features_of(batch))
-        return submit(batch)
-
-    core.runner.submit = watched  # type: ignore[method-assign]
+    core.runner = _Watched(runner, measured.features)
     try:
         waiting, step = load.requests, 0
         while waiting or core.has_unfinished_requests:
@@ -175,10 +172,23 @@ def run_load(core: EngineCore, load: Load, number: int) -> Measured:
             measured.seconds.append(time.perf_counter() - started)
             step += 1
     finally:
-        del core.runner.submit  # the class's own again
-    measured.features.extend(seen)
+        core.runner = runner
     assert len(measured.features) == len(measured.seconds)
     return measured
+
+
+class _Watched:
+    """A runner that notes what each step does."""
+
+    def __init__(self, runner: Runner, features: list[StepFeatures]) -> None:
+        self._runner, self._features = runner, features
+
+    def submit(self, batch: Batch) -> Any:
+        self._features.append(features_of(batch))
+        return self._runner.submit(batch)
+
+    def collect(self, handle: Any) -> StepResult:
+        return self._runner.collect(handle)
 
 
 def _add(core: EngineCore, load: Load, number: int, index: int) -> None:
@@ -196,10 +206,10 @@ def fit(
     The error of the steps that were held out goes into `provenance`.
     """
     train = [i for i in range(len(measured.seconds)) if i % HOLD_OUT]
-    model = _solve(measured, train, name, {})
+    model = _solve(measured, train, name)
     errors = relative_errors(model, measured.features, measured.seconds)
     kept = [i for i in train if abs(errors[i]) <= OUTLIER] or train
-    model = _solve(measured, kept, name, {})
+    model = _solve(measured, kept, name)
     held = [i for i in range(len(measured.seconds)) if i % HOLD_OUT == 0]
     left = [abs(error) for error in relative_errors(model, *_at(measured, held))]
     total = sum(measured.seconds[i] for i in held)
@@ -211,16 +221,14 @@ def fit(
         "held_out_mean_relative_error": round(sum(left) / len(left), 4) if left else None,
         "held_out_total_ratio": round(predicted / total, 4) if total else None,
     }
-    return _solve(measured, kept, name, (provenance or {}) | notes)
+    return replace(model, provenance=(provenance or {}) | notes)
 
 
 def _at(measured: Measured, indices: Sequence[int]) -> Measured:
     return Measured([measured.features[i] for i in indices], [measured.seconds[i] for i in indices])
 
 
-def _solve(
-    measured: Measured, indices: Sequence[int], name: str, notes: dict[str, Any]
-) -> CostModel:
+def _solve(measured: Measured, indices: Sequence[int], name: str) -> CostModel:
     import numpy as np
 
     steps, seconds = _at(measured, indices)
@@ -248,7 +256,6 @@ def _solve(
         per_sample=float(prices[count + 2]),
         per_kv_token=float(prices[count + 3]),
         per_pair=float(prices[count + 4]),
-        provenance=notes,
     )
 
 

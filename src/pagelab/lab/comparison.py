@@ -15,10 +15,11 @@ from typing import Literal
 from pagelab.config import format_bytes
 from pagelab.lab.methods import NATIVE
 from pagelab.memory.allocators import ALLOCATORS, ContiguousMax, Paged
-from pagelab.metrics import percentile
+from pagelab.metrics import differ, is_close, percentile
 from pagelab.results import (
     ExperimentInfo,
     Finding,
+    LedgerShare,
     LedgerSummary,
     MethodRun,
     RunSettings,
@@ -27,10 +28,7 @@ from pagelab.results import (
     is_base,
 )
 
-SAME_WITHIN = 0.05
-
 Verdict = Literal["better", "worse", "same", "info"]
-LedgerShare = Literal["live", "reserved", "internal", "external", "rounding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +141,10 @@ def ours_among(rows: Sequence[Row]) -> Row | None:
 
 def compare_spreads(ours: Spread, theirs: Spread, *, more_is_better: bool) -> Verdict:
     """Ours against theirs: same within 5 % or where the repeats' ranges overlap, else by median."""
-    overlap = ours["min"] <= theirs["max"] and theirs["min"] <= ours["max"]
-    if overlap or is_close(ours, theirs):
+    order = differ(ours, theirs)
+    if order == 0:
         return "same"
-    return "better" if (ours["median"] > theirs["median"]) == more_is_better else "worse"
-
-
-def is_close(ours: Spread, theirs: Spread) -> bool:
-    """Whether the medians differ by at most 5 % of the larger."""
-    mine, other = ours["median"], theirs["median"]
-    return abs(mine - other) <= SAME_WITHIN * max(abs(mine), abs(other))
+    return "better" if (order > 0) == more_is_better else "worse"
 
 
 def compare(workload: str | None, measure: Measure, ours: Row, theirs: Row, where: str) -> Finding:

@@ -23,6 +23,7 @@ from pagelab.lab.preparation import prepare
 from pagelab.lab.process import empty_run
 from pagelab.lab.settings import ExperimentSettings, check_max_model_len, default_kv_memory
 from pagelab.memory.allocators import make_allocator
+from pagelab.memory.layout import whole_blocks
 from pagelab.models.model_shape import ModelShape
 from pagelab.results import Results
 from pagelab.sim.cost_model import UNIT, CostModel
@@ -120,14 +121,8 @@ def simulate_cells(
             if on_start is not None:
                 on_start(f"{variant.label} on {name}", stream)
             try:
-                memory = MemoryConfig(
-                    num_blocks=_num_blocks(cell, per_token),
-                    block_size=cell.block_size,
-                    max_model_len=limit,
-                    placement=cell.placement,
-                    prefix_caching=prefix_caching and bool(first.hash_ids),
-                    watermark=cell.watermark,
-                )
+                shared = prefix_caching and bool(first.hash_ids)
+                memory = _memory(cell, per_token, limit, shared)
                 summary = simulate_stream(
                     stream,
                     memory,
@@ -145,23 +140,33 @@ def simulate_cells(
             yield SimulatedCell(name, variant, cell, summary)
 
 
-def _num_blocks(cell: Cell, per_token: int) -> int:
-    blocks = cell.kv_memory // (cell.block_size * per_token)
-    if blocks == 0:
-        raise InsufficientMemoryError(
-            f"the KV budget of {cell.kv_memory:,} bytes holds no block of {cell.block_size} "
-            "tokens: raise --kv-memory or lower --block-size"
-        )
-    return blocks
+def _memory(cell: Cell, bytes_per_token: int, limit: int, prefix_caching: bool) -> MemoryConfig:
+    """The pool of a cell.
+
+    Raises:
+        InsufficientMemoryError: its budget holds no block.
+    """
+    return MemoryConfig(
+        num_blocks=whole_blocks(cell.kv_memory, cell.block_size, bytes_per_token),
+        block_size=cell.block_size,
+        max_model_len=limit,
+        placement=cell.placement,
+        prefix_caching=prefix_caching,
+        watermark=cell.watermark,
+    )
 
 
 def simulated_results(
     settings: ExperimentSettings,
     cost: CostModel,
     *,
+    max_num_seqs: int = SchedulerConfig().max_num_seqs,
+    prefix_caching: bool = True,
     on_start: Callable[[str], None] | None = None,
 ) -> Results:
     """Simulate a small grid, every step written down, as `pagelab compare` would measure it.
+
+    `max_num_seqs` and `prefix_caching` are the engine's own settings.
 
     Raises:
         ConfigError: a setting that cannot work, or too many tokens to write down.
@@ -177,6 +182,7 @@ def simulated_results(
     results = blank_results(plan)
     results["experiment"]["cost_model"] = cost.name
     info = plan.facts.info
+    per_token = info["kv_bytes_per_token"]
     for variant in plan.variants:
         job = plan.job(variant)
         if on_start is not None:
@@ -185,15 +191,9 @@ def simulated_results(
         run["simulated"] = True
         cell = variant.cell or plan.grid.base
         try:
-            memory = MemoryConfig(
-                num_blocks=_num_blocks(cell, info["kv_bytes_per_token"]),
-                block_size=cell.block_size,
-                max_model_len=plan.max_model_len,
-                placement=cell.placement,
-                watermark=cell.watermark,
-            )
+            memory = _memory(cell, per_token, plan.max_model_len, prefix_caching)
             run["kv"] = {
-                "bytes": memory.num_blocks * cell.block_size * info["kv_bytes_per_token"],
+                "bytes": memory.num_blocks * cell.block_size * per_token,
                 "slots": memory.num_blocks * cell.block_size,
                 "num_blocks": memory.num_blocks,
                 "block_size": cell.block_size,
@@ -201,7 +201,7 @@ def simulated_results(
             }
             scheduling = SchedulerConfig(
                 max_num_batched_tokens=settings.max_num_batched_tokens,
-                max_num_seqs=cell.max_num_seqs or SchedulerConfig().max_num_seqs,
+                max_num_seqs=min(cell.max_num_seqs or max_num_seqs, max_num_seqs),
             )
             for workload in plan.workloads:
                 run["workloads"].append(
@@ -211,7 +211,7 @@ def simulated_results(
                         scheduling,
                         cost=cost,
                         vocab_size=info["vocab_size"],
-                        bytes_per_token=info["kv_bytes_per_token"],
+                        bytes_per_token=per_token,
                         seed=settings.seed,
                         allocator=make_allocator(variant.allocator or "paged"),
                     )
@@ -222,5 +222,4 @@ def simulated_results(
         results["runs"].append(run)
     results["complete"], results["note"] = True, None
     conclude(results)
-    results["equality"] = []  # simulated tokens mean nothing
     return results

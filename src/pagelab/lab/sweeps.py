@@ -7,7 +7,6 @@ rows that differ from it in one setting, and at the same batch with `contiguous-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
 
 from pagelab.config import format_bytes
 from pagelab.lab.comparison import (
@@ -20,10 +19,7 @@ from pagelab.lab.comparison import (
     info,
     ours_among,
 )
-from pagelab.results import ExperimentInfo, Finding, RunSettings
-
-Key = Literal["kv_memory_bytes", "block_size", "watermark", "placement"]
-KEYS: tuple[Key, ...] = ("kv_memory_bytes", "block_size", "watermark", "placement")
+from pagelab.results import ExperimentInfo, Finding, RunSettings, SettingKey, is_base
 
 
 def further_cells(workload: str, rows: Sequence[Row], asked: ExperimentInfo) -> list[Finding]:
@@ -119,12 +115,11 @@ def sweeps(workload: str, rows: Sequence[Row], asked: ExperimentInfo) -> list[Fi
     return findings
 
 
-def _groups(rows: Iterable[Row], asked: ExperimentInfo, key: Key) -> list[list[Row]]:
+def _groups(rows: Iterable[Row], asked: ExperimentInfo, key: SettingKey) -> list[list[Row]]:
     """Rows of one method or allocator that differ in `key` alone; two at least in each group."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        others = [k for k in KEYS if k != key]
-        if row.run["axis"] == "budget" and all(row.settings[k] == asked[k] for k in others):
+        if is_base(row.run, asked, but=key):
             groups.setdefault(row.name, []).append(row)
     return [group for group in groups.values() if len(group) > 1]
 

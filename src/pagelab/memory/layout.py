@@ -48,10 +48,20 @@ class KVLayout:
         Raises:
             InsufficientMemoryError: not even one fits.
         """
-        blocks = kv_memory // self.bytes_per_block
-        if blocks == 0:
-            raise InsufficientMemoryError(
-                f"the KV budget of {kv_memory:,} bytes holds no block of {self.block_size} tokens "
-                f"({self.bytes_per_block:,} bytes each): raise --kv-memory or lower --block-size"
-            )
-        return blocks
+        return whole_blocks(kv_memory, self.block_size, self.bytes_per_token)
+
+
+def whole_blocks(kv_memory: int, block_size: int, bytes_per_token: int) -> int:
+    """Blocks of so many tokens that fit into a budget of bytes.
+
+    Raises:
+        InsufficientMemoryError: not even one fits.
+    """
+    blocks = kv_memory // (block_size * bytes_per_token)
+    if blocks == 0:
+        raise InsufficientMemoryError(
+            f"the KV budget of {kv_memory:,} bytes holds no block of {block_size} tokens "
+            f"({block_size * bytes_per_token:,} bytes each): raise --kv-memory or lower "
+            "--block-size"
+        )
+    return blocks

@@ -14,12 +14,12 @@ any length, split likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pagelab.memory.kv_manager import KVManager
-from pagelab.types import BlockId, SequenceId
+from pagelab.types import SequenceId
 
 
 class LedgerEntry(NamedTuple):
@@ -80,6 +80,17 @@ FREE, CACHED = -1, -2
 """Holders of a block in block events, besides request indices."""
 
 
+def holder_events(
+    step: int, before: Mapping[int, int], after: Mapping[int, int]
+) -> Iterator[tuple[int, int, int]]:
+    """What changed: (step, block, its holder now) for every block that has another one."""
+    for block_id in before.keys() - after.keys():
+        yield step, block_id, FREE
+    for block_id, holder in after.items():
+        if before.get(block_id) != holder:
+            yield step, block_id, holder
+
+
 class LedgerRecorder:
     """Records the ledger and the holders of blocks, step by step.
 
@@ -101,7 +112,7 @@ class LedgerRecorder:
         self._reserved: list[int] = []
         # open allocations: (step, slots held, slots written) at every step so far
         self._open: dict[SequenceId, list[tuple[int, int, int]]] = {}
-        self._holders: dict[BlockId, int] = {}
+        self._holders: dict[int, int] = {}
         self._version = -1
         self.block_events: list[tuple[int, int, int]] = []  # (step, block, holder)
 
@@ -150,16 +161,12 @@ class LedgerRecorder:
             self._reserved[step] += min(finally_written, held) - written
 
     def _record_holders(self, step: int) -> None:
-        holders: dict[BlockId, int] = dict.fromkeys(self._kv.pool.cached_blocks(), CACHED)
+        holders: dict[int, int] = dict.fromkeys(self._kv.pool.cached_blocks(), CACHED)
         for sequence_id, table in self._kv.tables():
             holder = self._holder_of(sequence_id)
             for block_id in table.block_ids:
                 holders.setdefault(block_id, holder)  # a shared block shows its first holder
-        for block_id in self._holders.keys() - holders.keys():
-            self.block_events.append((step, block_id, FREE))
-        for block_id, holder in holders.items():
-            if self._holders.get(block_id) != holder:
-                self.block_events.append((step, block_id, holder))
+        self.block_events += holder_events(step, self._holders, holders)
         self._holders = holders
 
 

@@ -78,7 +78,7 @@ def resolve(model: str | os.PathLike[str] | None = None) -> ModelSource:
         return _folder(path, text)
     if path.exists():
         return _file(path, text)
-    if _is_path(text):
+    if is_path(text):
         raise ModelNotFoundError(f"there is no model at {text}: no such folder or file")
     if not _HUB_ID.fullmatch(text):
         raise ModelNotFoundError(
@@ -97,7 +97,8 @@ def default_model_status() -> tuple[bool, str]:
     return default_model.status()
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Whether a text that names no file here can only have meant one."""
     return (
         text.startswith((".", "~", "/"))
         or text.endswith((".gguf", ".safetensors", ".json", "/"))
@@ -146,14 +147,34 @@ def _from_hub(repo: str) -> ModelSource:
 
 def _snapshot(repo: str) -> Path:
     """The hub's files of a model in its own cache; offline, what the cache has of it."""
-    from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
+    with asking_hub(repo):
+        path = snapshot_download(
+            repo, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_NOT)
+        )
+    return Path(path)
+
+
+@contextlib.contextmanager
+def asking_hub(repo: str, otherwise: str = "") -> Iterator[None]:
+    """Ask the hub quietly; whatever it raises becomes one sentence.
+
+    Args:
+        repo: the hub id.
+        otherwise: what else could be given, for those who did not mean the hub.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or the hub cannot be reached.
+    """
+    from huggingface_hub import errors as hub
+
+    also = f"; {otherwise}" if otherwise else ""
     try:
         with _quiet_hub():
-            path = snapshot_download(
-                repo, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_NOT)
-            )
+            yield
+    except ModelNotFoundError:
+        raise
     except hub.GatedRepoError as error:
         raise ModelNotFoundError(
             f"{repo} is gated: accept its terms on huggingface.co and set HF_TOKEN"
@@ -161,16 +182,16 @@ def _snapshot(repo: str) -> Path:
     except hub.RepositoryNotFoundError as error:
         raise ModelNotFoundError(
             f"there is no folder {repo} here, and no model {repo} on the hub (or it is private)"
+            + also
         ) from error
     except hub.LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"there is no folder {repo} here, and the hub cannot be reached: go online, or give "
-            "--model a folder or a .gguf file"
+            f"--model a folder or a .gguf file{also}"
         ) from error
     except Exception as error:  # its HTTP library, whose errors it lets through, has changed twice
         first_line = str(error).strip().partition("\n")[0]
         raise ModelNotFoundError(f"{repo} cannot be fetched from the hub: {first_line}") from error
-    return Path(path)
 
 
 @contextlib.contextmanager

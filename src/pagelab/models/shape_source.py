@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pagelab.errors import ModelNotFoundError, UnsupportedModelError
 from pagelab.models import default_model
-from pagelab.models.fetch import resolve
+from pagelab.models.fetch import asking_hub, is_path, resolve
 from pagelab.models.hf_config import read_config, read_json
 from pagelab.models.model_shape import ModelShape, shape_of_config, shape_of_spec
 from pagelab.models.shapes import BUILT_IN
@@ -48,7 +48,7 @@ def load_shape(model: str | None) -> ModelShape:
         return shape_of_gguf(source.path, source.name)
     if text.lower() in BUILT_IN:
         return built_in_shape(text.lower())
-    if text.startswith((".", "~", "/")) or text.count("/") > 1 or path.suffix == ".gguf":
+    if is_path(text):
         raise ModelNotFoundError(f"there is no model at {text}: no such folder or file")
     return _folder_shape(_hub_config(text).parent, text.rpartition("/")[2])
 
@@ -78,27 +78,14 @@ def _hub_config(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     known = f"the built-in shapes are {', '.join(BUILT_IN)}"
-    try:
-        return Path(hf_hub_download(repo, "config.json"))
-    except hub.HFValidationError as error:
-        raise ModelNotFoundError(
-            f"--model {repo!r} is no folder, .gguf file or hub id; {known}"
-        ) from error
-    except hub.GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{repo} is gated: accept its terms on huggingface.co and set HF_TOKEN"
-        ) from error
-    except hub.EntryNotFoundError as error:
-        if isinstance(error, hub.LocalEntryNotFoundError):
+    with asking_hub(repo, known):
+        try:
+            return Path(hf_hub_download(repo, "config.json"))
+        except hub.HFValidationError as error:
             raise ModelNotFoundError(
-                f"there is no folder {repo} here, and the hub cannot be reached: go online, give "
-                f"--model a folder or a .gguf file, or a built-in shape; {known}"
+                f"--model {repo!r} is no folder, .gguf file or hub id; {known}"
             ) from error
-        raise ModelNotFoundError(f"{repo} on the hub has no config.json") from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"there is no folder {repo} here, and no model {repo} on the hub; {known}"
-        ) from error
-    except Exception as error:  # its HTTP library, whose errors it lets through, has changed twice
-        first_line = str(error).strip().partition("\n")[0]
-        raise ModelNotFoundError(f"{repo} cannot be fetched from the hub: {first_line}") from error
+        except hub.LocalEntryNotFoundError:  # a kind of the next
+            raise
+        except hub.EntryNotFoundError as error:
+            raise ModelNotFoundError(f"{repo} on the hub has no config.json") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pagelab.config import format_bytes
-from pagelab.results import KVCapacity, RunSettings, Spread
+from pagelab.results import KVCapacity, RunSettings
 
 
 def seconds(value: float) -> str:
@@ -49,18 +49,6 @@ def joined(names: Iterable[str]) -> str:
     """Names as a list in a sentence: `a`, `a and b`, `a, b and c`."""
     *first, last = list(names) or [""]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def differ(a: Spread, b: Spread) -> int:
-    """1 if `a` is larger than `b`, -1 if smaller, 0 if no difference can be claimed.
-
-    Within 5 % of each other, or with overlapping repeats, two figures count as the same.
-    """
-    if a["min"] <= b["max"] and b["min"] <= a["max"]:
-        return 0
-    if abs(a["median"] - b["median"]) <= 0.05 * max(abs(a["median"]), abs(b["median"])):
-        return 0
-    return 1 if a["median"] > b["median"] else -1
 
 
 def size(value: float) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pagelab.config import format_bytes
-from pagelab.report.figures import differ, joined, percent, rate, times
+from pagelab.metrics import differ
+from pagelab.report.figures import joined, percent, rate, times
 from pagelab.report.rows import Row, shown_rows
 from pagelab.report.styles import FIRST
 from pagelab.results import Results, Spread

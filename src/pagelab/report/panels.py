@@ -11,6 +11,7 @@ from pagelab.report.figures import interval, percent, rate, seconds
 from pagelab.report.page import Page, Panel
 from pagelab.report.rows import Method, Row, first_run, rows, shown, shown_rows, workload_names
 from pagelab.report.series import Columns, memory_columns, points_each, step_columns
+from pagelab.report.sweeps import RUNNING, THROUGHPUT
 from pagelab.results import Results, Spread
 
 MOST_TOGETHER = 5  # lines in one chart of running requests: more of them are a tangle
@@ -25,11 +26,8 @@ def method_panels(results: Results, page: Page) -> list[Panel]:
 def _method_panel(results: Results, workload: str, page: Page) -> Panel:
     drawn = shown_rows(results, workload)
     bars = []
-    for key, title in (
-        ("output_tokens_per_s", "output tokens a second"),
-        ("mean_running", "requests running at once, mean"),
-    ):
-        values = [_bar(row, row.summary[key]) for row in drawn]  # type: ignore[literal-required]
+    for measure in (THROUGHPUT, RUNNING):
+        title, values = measure.title, [_bar(row, measure.of(row)) for row in drawn]
         colors = {row.method.name: row.method.color for row in drawn}
         spread = any(row.summary["repeats"] > 1 for row in drawn)
         if values:

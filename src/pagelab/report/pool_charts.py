@@ -79,7 +79,7 @@ def share_segments(
         shares: of the pool, by ledger state.
         rounding: of `external`.
     """
-    parts = [(state.name, shares[state.name]) for state in STATES]
+    parts: list[tuple[str, float]] = [(state.name, shares[state.name]) for state in STATES]
     rounding = min(rounding, shares["external"])
     parts = [*parts[:-1], ("external", shares["external"] - rounding), (ROUNDING, rounding)]
     segments: list[dict[str, object]] = []

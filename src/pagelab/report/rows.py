@@ -17,6 +17,7 @@ from pagelab.report.words import STATES
 from pagelab.results import (
     Axis,
     KVCapacity,
+    LedgerShare,
     MethodRun,
     Phase,
     Results,
@@ -99,16 +100,18 @@ class Row:
     @property
     def shares(self) -> dict[str, float]:
         """Mean shares of the pool by ledger state; empty where nothing was recorded."""
-        means = {state.name: self.share(state.name) for state in STATES if self.runs}
+        means: dict[str, float] = {
+            state.name: self.share(state.name) for state in STATES if self.runs
+        }
         return means if sum(means.values()) > 0 else {}
 
-    def share(self, name: str) -> float:
+    def share(self, name: LedgerShare) -> float:
         """The mean of one share of the pool: a ledger state, `rounding` or `shared_saved`."""
-        return fmean(run["ledger"][name] for run in self.runs) if self.runs else 0.0  # type: ignore[literal-required]
+        return fmean(run["ledger"][name] for run in self.runs) if self.runs else 0.0
 
-    def share_spread(self, name: str) -> Spread:
+    def share_spread(self, name: LedgerShare) -> Spread:
         """The same over the repeats."""
-        return spread([run["ledger"][name] for run in self.runs])  # type: ignore[literal-required]
+        return spread([run["ledger"][name] for run in self.runs])
 
 
 def methods(results: Results) -> list[Method]:

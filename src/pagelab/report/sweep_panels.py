@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pagelab.metrics import differ
 from pagelab.report.charts import bars
-from pagelab.report.figures import differ, interval, percent, rate, seconds, times
+from pagelab.report.figures import interval, percent, rate, seconds, times
 from pagelab.report.page import Page, Panel
 from pagelab.report.rows import Method, Row, workload_names
 from pagelab.report.sweep_charts import sweep_lines

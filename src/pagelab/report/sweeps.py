@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pagelab.report.figures import percent, rate, size, watermark
 from pagelab.report.rows import Method, Row, rows
-from pagelab.results import Results, Spread
-
-Key = Literal["kv_memory_bytes", "block_size", "watermark", "placement"]
-KEYS: tuple[Key, ...] = ("kv_memory_bytes", "block_size", "watermark", "placement")
+from pagelab.results import Results, SettingKey, Spread, is_base
 
 
 class Measure(NamedTuple):
@@ -49,7 +46,7 @@ PREEMPTIONS = Measure("preemptions", lambda r: r.summary["num_preemptions"], lam
 class Setting(NamedTuple):
     """A setting that the grid can vary."""
 
-    key: Key
+    key: SettingKey
     title: str
     note: str
     measures: tuple[Measure, ...]
@@ -140,14 +137,12 @@ def same_batch(results: Results, workload: str) -> list[Row]:
     return sorted(members, key=lambda row: row.method.allocator != "contiguous-max")
 
 
-def _groups(results: Results, workload: str, key: Key) -> list[list[Row]]:
+def _groups(results: Results, workload: str, key: SettingKey) -> list[list[Row]]:
     """Rows of one method that differ in `key` alone and are else the base's; two at least."""
     asked = results["experiment"]
     groups: dict[str, list[Row]] = {}
     for row in rows(results, workload):
-        settings = row.method.settings
-        alike = all(settings[other] == asked[other] for other in KEYS if other != key)
-        if row.method.axis == "budget" and alike:
+        if is_base(row.method.first, asked, but=key):
             groups.setdefault(row.method.name, []).append(row)
     return [g for g in groups.values() if len({r.method.settings[key] for r in g}) > 1]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pagelab.results import LedgerShare
+
 
 class State(NamedTuple):
     """One state of the ledger."""
 
-    name: str
+    name: LedgerShare
     letter: str
     fill: str  # a character for bars in a terminal
     meaning: str

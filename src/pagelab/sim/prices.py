@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pagelab.errors import ConfigError
 from pagelab.memory.layout import DTYPE_BYTES
 from pagelab.models.model_shape import ModelShape
 from pagelab.sim.cost_model import CostModel, DeviceLimits, ModelWork, roofline
 from pagelab.sim.planner_cards import find_card
-
-MATRIX_RATES: Mapping[str, float] = {
-    "b200": 2250e12,
-    "h200": 989e12,
-    "h100": 989e12,
-    "h100-pcie": 756e12,
-    "a100-80": 312e12,
-    "a100-40": 312e12,
-    "l40s": 362e12,
-    "a10": 125e12,
-    "l4": 121e12,
-    "t4": 65e12,
-    "v100": 125e12,
-    "rtx-5090": 209e12,
-    "rtx-4090": 165e12,
-    "rtx-3090": 71e12,
-}
-"""Dense operations a second in 16 bits, by NVIDIA's data sheets."""
 
 
 def card_roofline(card: str, shape: ModelShape, dtype: str) -> CostModel:
@@ -36,8 +16,7 @@ def card_roofline(card: str, shape: ModelShape, dtype: str) -> CostModel:
         ConfigError: there is no such card, or the model's K/V has several groups.
     """
     found = find_card(card)
-    rates = {find_card(key).title: rate for key, rate in MATRIX_RATES.items()}
-    limits = DeviceLimits(found.bandwidth, rates[found.title])
+    limits = DeviceLimits(found.bandwidth, found.matrix_rate)
     return roofline(f"roofline:{card}", model_work(shape, dtype), limits)
 
 

@@ -70,10 +70,13 @@ def seconds_of(value: object, what: str) -> float:
         BadLineError: it is none.
     """
     number = _float(value) if isinstance(value, str) else value
-    good = isinstance(number, int | float) and not isinstance(number, bool)
-    if not good or not 0 <= number <= _MOST_SECONDS:  # type: ignore[operator]
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | float)
+        or not 0 <= number <= _MOST_SECONDS
+    ):
         raise BadLineError(f"{what} is {_short(number)}, not a time in seconds from 0")
-    return float(number)  # type: ignore[arg-type]
+    return float(number)
 
 
 def _date(value: object, what: str) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from pagelab.lab.methods.recording import empty_steps, micro
-from pagelab.memory.ledger import CACHED, FREE
+from pagelab.memory.ledger import CACHED, holder_events
 from pagelab.results import Steps
 
 
@@ -94,7 +94,9 @@ class BlockRecorder:
         steps["external"].append(0)  # any free block serves any request
         steps["shared_saved"].append(saved)
         steps["rounding"].append(0)
-        self._note_holders(step, holders | dict.fromkeys(only_cached, CACHED))
+        holders |= dict.fromkeys(only_cached, CACHED)
+        self.block_events += holder_events(step, self._holders, holders)
+        self._holders = holders
 
     def release(self, request: int, written: int) -> None:
         """A request gave its blocks back after the last step, with so many tokens written."""
@@ -111,11 +113,3 @@ class BlockRecorder:
             for unwritten, reserved in zip(self._unwritten, steps["reserved"], strict=True)
         ]
         return steps
-
-    def _note_holders(self, step: int, holders: dict[int, int]) -> None:
-        for block_id in self._holders.keys() - holders.keys():
-            self.block_events.append((step, block_id, FREE))
-        for block_id, holder in holders.items():
-            if self._holders.get(block_id) != holder:
-                self.block_events.append((step, block_id, holder))
-        self._holders = holders

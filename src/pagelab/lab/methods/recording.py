@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pagelab.engine.replay import RealClock
 from pagelab.engine.workload_record import empty_steps, micro, summarize_ledger, workload_run
 from pagelab.results import RequestResult, Steps
 from pagelab.workloads import WorkloadRequest
@@ -66,9 +66,7 @@ class StepRecorder:
 
 def wait_until(started: float, arrival_s: float) -> None:
     """Sleep until a request arrives; `started` is the workload's `time.perf_counter()`."""
-    delay = started + arrival_s - time.perf_counter()
-    if delay > 0:
-        time.sleep(delay)
+    RealClock().wait_until(started + arrival_s)
 
 
 def request_result(

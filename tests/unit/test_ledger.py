@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+
+import pytest
+
 from pagelab.engine.core import EngineCore, StepRecord
+from pagelab.memory.kv_manager import KVManager
 from pagelab.memory.ledger import CACHED, FREE, LedgerColumns, LedgerRecorder, take_ledger
-from pagelab.types import SamplingParams
+from pagelab.types import SamplingParams, SequenceId
 from tests.support.engines import greedy, run, toy_engine
 
 
@@ -109,3 +115,76 @@ def test_a_preemption_ends_an_allocation() -> None:
     ]
     assert set(pool) == {32}
     assert min(min(c) for c in (columns.reserved, columns.internal)) >= 0
+
+
+class NaiveRecorder:
+    """What `LedgerRecorder` should say, by looking at every table at every step."""
+
+    def __init__(self, kv: KVManager) -> None:
+        self.kv = kv
+        self.reserved: list[int] = []
+        self.open: dict[SequenceId, list[tuple[int, int, int]]] = {}  # (step, held, written)
+        self.holders: list[dict[int, int]] = []
+
+    def record(self, released: Mapping[SequenceId, int]) -> None:
+        step, size = len(self.reserved), self.kv.config.block_size
+        for sequence_id, written in released.items():
+            self.close(sequence_id, written)
+        holders: dict[int, int] = dict.fromkeys(self.kv.pool.cached_blocks(), CACHED)
+        for sequence_id, table in self.kv.tables():
+            spans = self.open.setdefault(sequence_id, [])
+            spans.append((step, len(table.block_ids) * size, table.num_written))
+            for block_id in table.block_ids:
+                holders.setdefault(block_id, int(sequence_id.request_id))
+        self.holders.append(holders)
+        self.reserved.append(0)
+
+    def close(self, sequence_id: SequenceId, written_in_the_end: int) -> None:
+        for step, held, written in self.open.pop(sequence_id, ()):
+            self.reserved[step] += min(written_in_the_end, held) - written
+
+
+@pytest.mark.parametrize("allocator", ["paged", "reserved-paged", "contiguous-max"])
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_recorder_says_what_looking_at_every_table_says(
+    allocator: str, ahead: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    core, runner = toy_engine(20, 4, allocator=allocator, ahead=ahead, budget=9, eos=(5,))
+    if seed % 2:  # the pool is in use already, and blocks are cached
+        core.add_request([1] * 9, greedy(2))
+        run(core)
+        core.add_request([2] * 7, SamplingParams(n=2, seed=1), request_id="0")
+        core.step()
+    recorder = LedgerRecorder(core.kv, lambda sequence: int(sequence.request_id))
+    naive = NaiveRecorder(core.kv)
+
+    def on_step(step: StepRecord) -> None:
+        recorder.record(step.waiting_blocks, step.released)
+        naive.record(step.released)
+
+    core.on_step = on_step
+    requests = []
+    for step in range(80):
+        if rng.random() < 0.4:
+            params = SamplingParams(max_tokens=rng.randint(1, 12), n=rng.choice([1, 1, 3]), seed=1)
+            tokens = [rng.randrange(2) for _ in range(rng.randint(1, 14))]
+            requests.append(core.add_request(tokens, params, request_id=str(100 + step)))
+        if requests and rng.random() < 0.1:
+            core.cancel(rng.choice(requests).id)
+        if rng.random() < 0.05:
+            runner.fail_steps.add(len(runner.batches))
+        if core.has_unfinished_requests:
+            core.step()
+    for sequence_id, table in core.kv.tables():
+        naive.close(sequence_id, table.num_written)
+    columns = recorder.finish()
+    assert columns.reserved == naive.reserved
+    holders: dict[int, int] = {}
+    for step, expected in enumerate(naive.holders):
+        for at, block, holder in recorder.block_events:
+            if at == step:
+                assert holders.get(block, FREE) != holder, "an event for no change"
+                holders[block] = holder
+        assert {b: h for b, h in holders.items() if h != FREE} == expected

@@ -174,16 +174,15 @@ class EngineCore:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
-            self._note_scheduled(batch)
+            self._note_scheduled()
             try:
                 self._in_flight.append((batch, self.runner.submit(batch)))
             except Exception as error:
                 events += self._fail(batch, error)
-        num_tokens = 0
-        step = -1
+        collected: Batch | None = None
         if self._in_flight:
             batch, handle = self._in_flight.popleft()
-            step, num_tokens = batch.step, batch.num_tokens
+            collected = batch
             try:
                 result = self.runner.collect(handle)
             except Exception as error:
@@ -192,10 +191,10 @@ class EngineCore:
                 events += self.scheduler.update(batch, result)
         elif not events:
             assert not self.scheduler.has_work, "requests wait and none can ever be scheduled"
-        self._after_step(step, num_tokens, events)
+        self._after_step(collected, events)
         return events
 
-    def _after_step(self, step: int, num_tokens: int, events: list[TokenEvent]) -> None:
+    def _after_step(self, batch: Batch | None, events: list[TokenEvent]) -> None:
         now = self.clock()
         for sequence, token, finish_reason in events:
             request = sequence.request
@@ -215,9 +214,9 @@ class EngineCore:
             scheduler = self.scheduler
             self.on_step(
                 StepRecord(
-                    step,
+                    -1 if batch is None else batch.step,
                     now,
-                    num_tokens,
+                    0 if batch is None else batch.num_tokens,
                     len(scheduler.running),
                     len(scheduler.waiting),
                     scheduler.waiting_blocks,
@@ -227,12 +226,10 @@ class EngineCore:
                 )
             )
 
-    def _note_scheduled(self, batch: Batch) -> None:
+    def _note_scheduled(self) -> None:
         now = self.clock()
-        for part in batch.sequences:
-            if part.position_seed[1] > 0:  # it has output: this is not its first step
-                continue
-            metrics = self._requests[part.sequence_id.request_id].metrics
+        for sequence in self.scheduler.take_admitted():
+            metrics = sequence.request.metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
 

@@ -49,6 +49,10 @@ class BlockPool:
         """Blocks that no one holds and whose content can be reused."""
         return len(self._cached)
 
+    def is_cached(self, block_id: BlockId) -> bool:
+        """Whether no one holds this block and its content can be reused."""
+        return block_id in self._cached
+
     def cached_blocks(self) -> tuple[BlockId, ...]:
         """The cached blocks, the next to be evicted first."""
         return tuple(self._cached)

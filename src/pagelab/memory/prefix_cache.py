@@ -32,9 +32,8 @@ def root_hash(*extra_keys: bytes) -> BlockHash:
 
 def hash_block(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     """The hash of one full block of tokens after `parent`."""
-    digest = blake2b(parent, digest_size=_DIGEST_BYTES)
-    digest.update(array("I", token_ids).tobytes())
-    return BlockHash(digest.digest())
+    content = parent + array("I", token_ids).tobytes()
+    return BlockHash(blake2b(content, digest_size=_DIGEST_BYTES).digest())
 
 
 class PrefixCache:

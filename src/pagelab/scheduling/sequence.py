@@ -41,27 +41,52 @@ class Sequence:
 
     ::
 
-        tokens   | prompt ················| output ·····| pending
-                 0      num_computed          num_tokens
-                             └ num_in_flight ┘
+        tokens   | prompt ················| output ··········| pending ····|
+                 0      num_computed   num_scheduled    num_tokens   num_expected
+                             └ in flight ┘
 
-    `pending` tokens are sampled by steps in flight: they exist, their ids are not known yet.
-    What a step may schedule is `num_tokens + num_pending - num_computed - num_in_flight`;
-    whether that is called prefill, decode or recompute makes no difference.
+    Pending tokens are sampled by steps in flight: they exist, their ids are not known yet.
+    What a step may schedule is `num_expected - num_scheduled`; whether that is called prefill,
+    decode or recompute makes no difference.
+
+    What every step asks and never changes (limits, stop ids, seed) is worked out once.
     """
 
     id: SequenceId
     request: Request
     token_ids: list[int]
     num_prompt_tokens: int
+    max_num_tokens: int  # prompt and output; it ends there in any case
+    min_num_tokens: int  # prompt and output; no stop id counts before
+    stop_ids: frozenset[int]  # tokens that end it
+    seed: int
+    leads: bool  # other samples wait until it has computed their prompt
+    num_expected: int  # tokens, pending ones included
     status: Status = Status.WAITING
-    num_computed: int = 0
-    num_in_flight: int = 0
-    num_pending: int = 0
+    num_computed: int = 0  # tokens whose K/V is there
+    num_scheduled: int = 0  # the same, and those of steps in flight
     max_computed: int = 0  # the most that was ever computed: what a preemption makes us redo
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, request: Request, sample: int, eos_token_ids: frozenset[int]) -> Sequence:
+        """A new one: the request's sample of this index."""
+        params, prompt = request.params, request.num_prompt_tokens
+        eos = frozenset[int]() if params.ignore_eos else eos_token_ids
+        return cls(
+            SequenceId(request.id, sample),
+            request,
+            list(request.prompt_token_ids),
+            prompt,
+            max_num_tokens=prompt + request.final_output_tokens,
+            min_num_tokens=prompt + params.min_tokens,
+            stop_ids=eos.union(params.stop_token_ids),
+            seed=request.seed + sample,
+            leads=sample == 0 and params.n > 1,
+            num_expected=prompt,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -79,17 +104,16 @@ class Sequence:
         return tuple(self.token_ids[self.num_prompt_tokens :])
 
     @property
-    def start(self) -> int:
-        """Position of the next token to schedule."""
-        return self.num_computed + self.num_in_flight
+    def is_in_flight(self) -> bool:
+        """Whether a step that is not collected works on it."""
+        return self.num_scheduled > self.num_computed
 
     @property
     def num_schedulable(self) -> int:
         """Tokens that a step could compute now."""
-        num_tokens = len(self.token_ids) + self.num_pending
-        if num_tokens - self.num_prompt_tokens >= self.request.final_output_tokens:
+        if self.num_expected >= self.max_num_tokens:
             return 0  # everything that it may still yield is in flight
-        return num_tokens - self.num_computed - self.num_in_flight
+        return self.num_expected - self.num_scheduled
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
@@ -109,8 +133,8 @@ class Sequence:
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.id}, {self.status.name}, computed {self.num_computed}"
-            f"+{self.num_in_flight} of {self.num_tokens}+{self.num_pending})"
+            f"Sequence({self.id}, {self.status.name}, computed {self.num_computed} and scheduled "
+            f"{self.num_scheduled} of {self.num_tokens} tokens, {self.num_expected} expected)"
         )
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter then runs the kernels; Triton reads this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pagelab.errors import ModelError
 from pagelab.models.fetch import ModelSource, resolve

@@ -11,9 +11,10 @@ import torch.nn.functional as F  # noqa: N812
 from pagelab.attention.base import AttentionBackend, Span
 from pagelab.attention.cpu import CpuAttention
 from pagelab.attention.reference import ReferenceAttention
-from pagelab.attention.select import select_attention
+from pagelab.attention.select import resolve_attention, select_attention
 from pagelab.errors import ConfigError
 from pagelab.types import BlockId
+from tests.support.paged import DEVICE
 
 
 def case(
@@ -72,25 +73,45 @@ def test_a_chunk_of_the_oracle_equals_the_end_of_the_whole() -> None:
     torch.testing.assert_close(part, whole[8:])
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 16, 64])
-@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1)])
-@pytest.mark.parametrize(
-    "lengths",
-    [
-        [(1, 1)],
-        [(1, n) for n in (1, 2, 17, 33, 150, 151, 300, 310)],
-        [(7, 7), (1, 20), (5, 70), (1, 21), (64, 64), (1, 300)],
-        [(2, 2)],
-        [(16, 160), (1, 16)],
-    ],
-)
+BLOCK_SIZES = [1, 8, 16, 64]
+HEADS = [(4, 4), (9, 3), (8, 1)]
+LENGTHS = [
+    [(1, 1)],
+    [(1, n) for n in (1, 2, 17, 33, 150, 151, 300, 310)],
+    [(7, 7), (1, 20), (5, 70), (1, 21), (64, 64), (1, 300)],
+    [(2, 2)],
+    [(16, 160), (1, 16)],
+]
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lengths", LENGTHS)
 def test_cpu_equals_the_oracle(
     block_size: int, heads: tuple[int, int], lengths: list[tuple[int, int]]
+) -> None:
+    check("cpu", block_size, heads, lengths)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "heads", "lengths"),
+    [(BLOCK_SIZES[i % 4], HEADS[i % 3], lengths) for i, lengths in enumerate(LENGTHS)],
+)
+def test_triton_equals_the_oracle(
+    block_size: int, heads: tuple[int, int], lengths: list[tuple[int, int]]
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    check("triton", block_size, heads, lengths)
+
+
+def check(
+    backend: str, block_size: int, heads: tuple[int, int], lengths: list[tuple[int, int]]
 ) -> None:
     torch.manual_seed(len(lengths))
     random.seed(block_size)
     inputs = case(lengths, block_size, heads, 16, torch.float32)
-    got = attend(CpuAttention(), *inputs)
+    there = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs]
+    got = attend(select_attention(backend), *(there if backend == "triton" else inputs)).cpu()
     torch.testing.assert_close(got, attend(ReferenceAttention(), *inputs), rtol=2e-5, atol=2e-5)
 
 
@@ -110,7 +131,22 @@ def test_long_contexts_are_split_into_groups_that_fit_the_caches() -> None:
 
 
 def test_backends_are_selected_by_name() -> None:
-    assert select_attention("auto").name == "cpu"
+    assert select_attention("cpu").name == "cpu"
     assert select_attention("reference").name == "reference"
-    with pytest.raises(ConfigError, match="choose auto or one of cpu, reference"):
+    with pytest.raises(ConfigError, match="choose auto or one of cpu, reference, triton"):
         select_attention("flash")
+
+
+def test_a_cpu_computes_with_the_cpus_backend_unless_told() -> None:
+    here = torch.device("cpu")
+    assert resolve_attention("auto", here) == "cpu", "also where Triton's interpreter is on"
+    assert resolve_attention("reference", here) == "reference"
+    with pytest.raises(ConfigError, match="choose auto or one of cpu, reference, triton"):
+        resolve_attention("flash", here)
+
+
+def test_triton_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        resolve_attention("triton", torch.device("cpu"))
+    assert resolve_attention("auto", torch.device("cuda")) == "cpu"

@@ -206,6 +206,9 @@ class FakeNvml:
             raise self.NVMLError
         return SimpleNamespace(total=80 << 30, free=79 << 30)
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
+        return 9, 0
+
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
         if self.broken:
             raise self.NVMLError
@@ -224,6 +227,7 @@ def test_gpu_memory_is_that_of_the_process_alone(monkeypatch: pytest.MonkeyPatch
         "name": "H100",
         "memory_total_bytes": 80 << 30,
         "memory_free_bytes": 79 << 30,
+        "compute_capability": [9, 0],
     }
     with MemorySampler(os.getpid(), 0.01) as sampler:
         assert sampler.sample()[2] == 5000

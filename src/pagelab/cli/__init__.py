@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pagelab import __version__
+from pagelab.cli.bench import bench
 from pagelab.cli.calibrate import calibrate
 from pagelab.cli.check import check
 from pagelab.cli.compare import compare, report
@@ -42,5 +43,5 @@ def main(debug: bool) -> None:
     """PageLab: a PagedAttention engine that you can measure."""
 
 
-for command in (check, calibrate, generate, compare, plan, report, reproduce, simulate):
+for command in (check, bench, calibrate, generate, compare, plan, report, reproduce, simulate):
     main.add_command(command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pagelab.cli.options import DTYPES, model_options
+from pagelab.cli.options import ENGINE_NAMES, engine_options, model_options
 
 if TYPE_CHECKING:
     from pagelab.engine.llm import LLM
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 @click.option("-n", "n", default=1, show_default=True, help="Samples of each prompt.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (repeatable).")
 @click.option("--ignore-eos", is_flag=True, help="Go on past end-of-sequence.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", type=DTYPES, default="auto", show_default=True)
+@engine_options
 @click.option(
     "--allocator", default="paged", show_default=True, help="One of the five, or module:Class."
 )
-@click.option("--attention", default="auto", show_default=True, help="auto, cpu or reference.")
+@click.option(
+    "-v",
+    "--explain-memory",
+    is_flag=True,
+    help="Show who gets what of the memory (to standard error).",
+)
 @click.option("--quiet", is_flag=True, help="No figures at the end.")
 def generate(prompts: tuple[str, ...], **options: Any) -> None:
     """Continue PROMPTS and print the text as it comes (`-` reads one from standard input)."""
@@ -71,12 +75,15 @@ def _standard_input() -> str:
 def _load(options: dict[str, Any]) -> LLM:
     from pagelab.engine.llm import LLM
 
-    names = ("kv_memory", "block_size", "max_model_len", "threads", "device", "dtype", "allocator")
-    return LLM(
-        options["model"],
-        attention=options["attention"],
-        **{name: options[name] for name in names},
-    )
+    chosen = {name: options[name] for name in ENGINE_NAMES if options[name] is not None}
+    llm = LLM(options["model"], allocator=options["allocator"], **chosen)
+    if options["explain_memory"]:
+        from rich.console import Console
+
+        from pagelab.memory.budget_table import budget_table
+
+        Console(stderr=True).print(budget_table(llm.memory_budget))
+    return llm
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams, *, quiet: bool) -> None:

@@ -58,6 +58,22 @@ def several(parse: Callable[[str], T]) -> Callable[..., tuple[T, ...] | None]:
     return read
 
 
+def size(_: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Read a size in bytes; errors name the option."""
+    try:
+        return None if value is None else parse_bytes(value)
+    except ConfigError as error:
+        raise ConfigError(f"{parameter.opts[0]}: {error}") from error
+
+
+def share(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Read a share, `0.9` or `90%`; errors name the option."""
+    try:
+        return None if value is None else parse_share(value)
+    except ConfigError as error:
+        raise ConfigError(f"{parameter.opts[0]}: {error}") from error
+
+
 def specs(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Read workloads, whose own options may have commas."""
     from pagelab.workloads import split_specs
@@ -81,22 +97,99 @@ def rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str
 
 
 def model_options(command: F) -> F:
-    """Options of every command that runs a model once."""
-    return _apply(
+    """The model of a command that runs one."""
+    return apply_options(command, _MODEL)
+
+
+def engine_options(command: F) -> F:
+    """Where and how an engine runs, and what of the memory it takes: `LLM`'s keywords.
+
+    None leaves `LLM`'s own default.
+    """
+    return apply_options(
         command,
-        _MODEL,
-        click.option("--kv-memory", metavar="BYTES", help="K/V budget, e.g. 256MiB."),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"
+        ),
+        click.option("--dtype", type=DTYPES, default="auto", show_default=True),
+        click.option(
+            "--kv-memory",
+            callback=size,
+            metavar="BYTES",
+            help="K/V budget, e.g. 256MiB.  [default: 1GiB on a CPU; on a GPU by "
+            "--gpu-memory-utilization]",
+        ),
+        click.option(
+            "--gpu-memory-utilization",
+            callback=share,
+            metavar="SHARE",
+            help="Of the GPU memory that is free at start, for weights, activations, graphs and "
+            "K/V together; not beside --kv-memory.  [default: 0.9]",
+        ),
         click.option(
             "--block-size", default=16, show_default=True, help="Tokens a block of the pool."
         ),
-        _MAX_MODEL_LEN,
+        click.option(
+            "--max-model-len",
+            type=int,
+            help="Tokens a request may reach.  [default: the model's own; for a benchmark 4096 "
+            "of them at most]",
+        ),
+        click.option(
+            "--max-num-seqs", type=int, help="Sequences that run at the same time.  [default: 256]"
+        ),
+        click.option(
+            "--max-num-batched-tokens",
+            type=int,
+            help="Of one step.  [default: 512 on a CPU, 8192 on a GPU]",
+        ),
+        click.option(
+            "--max-steps-in-flight",
+            type=int,
+            help="Submitted before one is collected.  [default: 1 on a CPU, 2 on a GPU]",
+        ),
+        click.option(
+            "--cuda-graphs/--no-cuda-graphs",
+            default=True,
+            show_default=True,
+            help="On a GPU, run steps as CUDA graphs.",
+        ),
+        click.option(
+            "--batch-invariant",
+            is_flag=True,
+            help="A request's tokens do not depend on what else runs, to the bit (GPU; slower).",
+        ),
+        click.option(
+            "--attention",
+            default="auto",
+            show_default=True,
+            help="auto, triton, cpu or reference; `pagelab check` says what auto takes here.",
+        ),
         _THREADS,
     )
 
 
+ENGINE_NAMES = (
+    "device",
+    "dtype",
+    "kv_memory",
+    "gpu_memory_utilization",
+    "block_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_steps_in_flight",
+    "cuda_graphs",
+    "batch_invariant",
+    "attention",
+    "threads",
+)
+"""What `engine_options` gives, by the names of `LLM`'s keywords."""
+
+
 def grid_options(command: F) -> F:
     """The model and what is varied: several values of each, and every combination is a run."""
-    return _apply(
+    return apply_options(
         command,
         _MODEL,
         click.option(
@@ -137,7 +230,7 @@ def grid_options(command: F) -> F:
 
 def workload_options(command: F) -> F:
     """What is asked, and when."""
-    return _apply(
+    return apply_options(
         command,
         click.option(
             "--workload",
@@ -185,7 +278,8 @@ def command_line() -> str:
     return shlex.join(["pagelab", *sys.argv[1:]])
 
 
-def _apply(command: F, *options: Callable[[F], F]) -> F:
+def apply_options(command: F, *options: Callable[[F], F]) -> F:
+    """Give a command several options; `--help` lists them in this order."""
     for option in reversed(options):
         command = option(command)
     return command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,18 +14,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pagelab.attention.select import resolve_attention
 from pagelab.config import MemoryConfig, SchedulerConfig, parse_bytes
 from pagelab.engine.core import EngineCore
 from pagelab.engine.text import TextStream
 from pagelab.errors import ConfigError, ModelError, RequestError
 from pagelab.execution.loading import (
     DeviceConfig,
-    default_kv_memory,
     load_runner,
     resolve_device,
 )
+from pagelab.execution.memory_plan import measure_device, plan_memory
+from pagelab.memory.budget import MemoryBudget
 from pagelab.models.fetch import resolve
 from pagelab.models.registry import load_spec, load_tokenizer
+from pagelab.models.shape_source import resolve_shape
 from pagelab.models.tokenizer import Tokenizer
 from pagelab.scheduling.sequence import Request, TokenEvent
 from pagelab.types import (
@@ -53,8 +57,10 @@ class LLM:
         model: None for the default model; a folder, a `.gguf` file or a hub id.
         device: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16`; `auto`: float32 on a CPU, bfloat16 on a GPU.
-        kv_memory: bytes for K/V, as a number or `"256MiB"`; None: 1 GiB on a CPU, half of the
-            free memory on a GPU.
+        kv_memory: bytes for K/V, as a number or `"256MiB"`; None: 1 GiB on a CPU, on a GPU what
+            `gpu_memory_utilization` leaves.
+        gpu_memory_utilization: share of the GPU memory that is free at start which weights,
+            activations, graphs and K/V may take together; None: 0.9. Not beside `kv_memory`.
         block_size: slots a block.
         max_model_len: tokens a request may reach; None: the model's own maximum.
         allocator: who gets what of the KV pool: `paged`, `contiguous-max`, … (one of
@@ -63,15 +69,27 @@ class LLM:
         placement: where contiguous ranges go, `buddy` or `first-fit`.
         prefix_caching: reuse the K/V of prefixes that were seen before.
         watermark: share of the blocks that an admission must leave free.
-        max_num_batched_tokens: the token budget of a step.
+        max_num_batched_tokens: the token budget of a step; None: 512 on a CPU, 8192 on a GPU.
         max_num_seqs: sequences that run at the same time.
-        attention: `auto`, `cpu` or `reference`.
+        attention: `auto`, `triton`, `cpu` or `reference`.
         threads: CPU threads; None leaves torch's choice.
+        max_steps_in_flight: steps submitted before the oldest is collected; None: 1 on a CPU, 2
+            on a GPU, which then works while the host schedules.
+        random_weights: draw the weights instead of reading them (for timing): the model may then
+            be a name of `pagelab.models.shapes.BUILT_IN`, or a folder with only a config.json.
+        batch_invariant: a request's tokens do not depend on what shares its steps, to the bit, in
+            any dtype (`attention="triton"` only; slower).
+        cuda_graphs: on a GPU, run steps as CUDA graphs (off: kernel by kernel, for finding faults).
+        progress: show a bar on a terminal while weights are loaded.
         check_invariants: check the memory core after every step (slow).
 
     Raises:
         ModelError: the model cannot be found, read or run.
         ConfigError: a setting that cannot work, with the option to change.
+        InsufficientMemoryError: the memory does not suffice, with what is needed and what is there.
+
+    Attributes:
+        memory_budget: who gets what of the device's memory, in bytes.
     """
 
     def __init__(
@@ -81,44 +99,79 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         kv_memory: int | str | None = None,
+        gpu_memory_utilization: float | None = None,
         block_size: int = 16,
         max_model_len: int | None = None,
         allocator: str = "paged",
         placement: str = "buddy",
         prefix_caching: bool = True,
         watermark: float = 0.05,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         max_num_seqs: int = 256,
         attention: str = "auto",
         threads: int | None = None,
+        max_steps_in_flight: int | None = None,
+        random_weights: bool = False,
+        cuda_graphs: bool = True,
+        batch_invariant: bool = False,
+        progress: bool = True,
         check_invariants: bool = False,
     ) -> None:
-        self.source = resolve(model)
+        self.source = resolve_shape(model) if random_weights else resolve(model)
         self.spec = load_spec(self.source)
-        devices = DeviceConfig(device=device, dtype=dtype, attention=attention, threads=threads)
+        devices = DeviceConfig(
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            threads=threads,
+            random_weights=random_weights,
+            cuda_graphs=cuda_graphs,
+            batch_invariant=batch_invariant,
+            progress=progress,
+        )
         self.device, self.dtype = resolve_device(devices)
-        budget = default_kv_memory(self.device) if kv_memory is None else parse_bytes(kv_memory)
         if max_model_len is not None and max_model_len > self.spec.max_position:
             raise ConfigError(
                 f"max_model_len {max_model_len} is more than the model's own "
                 f"{self.spec.max_position}: lower --max-model-len"
             )
-        memory = MemoryConfig(
-            num_blocks=self.spec.kv_layout(self.dtype, block_size).num_blocks(budget),
-            block_size=block_size,
+        runs_ahead = resolve_attention(attention, self.device) == "triton"
+        if max_steps_in_flight is None:
+            max_steps_in_flight = 2 if runs_ahead else 1
+        elif max_steps_in_flight > 1 and not runs_ahead:
+            raise ConfigError(
+                "only --attention triton, on a GPU, runs ahead: leave --max-steps-in-flight out"
+            )
+        scheduling = SchedulerConfig(
+            max_num_batched_tokens=_default_tokens(self.device)
+            if max_num_batched_tokens is None
+            else max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_steps_in_flight=max_steps_in_flight,
+        )
+        self.memory_budget: MemoryBudget = plan_memory(
+            self.spec,
+            self.dtype,
+            measure_device(self.device),
+            scheduling,
             max_model_len=self.spec.max_position if max_model_len is None else max_model_len,
+            block_size=block_size,
+            kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
+            utilization=gpu_memory_utilization,
+            fused=runs_ahead,
+            graphs=cuda_graphs,
+        )
+        memory = MemoryConfig(
+            num_blocks=self.memory_budget.num_blocks,
+            block_size=block_size,
+            max_model_len=self.memory_budget.max_model_len,
             allocator=allocator,
             placement=placement,
             prefix_caching=prefix_caching,
             watermark=watermark,
             check_invariants=check_invariants,
         )
-        scheduling = SchedulerConfig(
-            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
-        )
-        runner = load_runner(
-            self.source, self.spec, devices, num_blocks=memory.num_blocks, block_size=block_size
-        )
+        runner = load_runner(self.source, self.spec, devices, memory=memory, scheduling=scheduling)
         self.core = EngineCore(
             runner,
             memory,
@@ -317,6 +370,11 @@ class _Bar:
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         rate = f"{self._tokens / elapsed:,.0f} tok/s" if elapsed > 0 else ""
         self._progress.update(self._task, advance=len(done), rate=rate)
+
+
+def _default_tokens(device: torch.device) -> int:
+    """Tokens of a step where nobody says: more than fill a GPU, and what a CPU does in a second."""
+    return 8192 if device.type == "cuda" else 512
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -194,7 +194,7 @@ def _add(
     except RequestError as error:
         message = str(error)
         return lambda: _refused(asked, message)
-    return lambda: _result(asked, added, clock, started)
+    return lambda: result_of(asked, added, clock, started)
 
 
 class _Watch:
@@ -267,9 +267,10 @@ class _Watch:
         return steps
 
 
-def _result(
+def result_of(
     asked: WorkloadRequest, request: Request, clock: Clock, started: float
 ) -> RequestResult:
+    """An ended request as records hold it; times count from `started`, a time of the clock."""
     (sequence,) = request.sequences
     metrics = request.metrics
     finish = metrics.finish_time if metrics.finish_time is not None else clock()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pagelab.config import format_bytes
-from pagelab.errors import InsufficientMemoryError
+from pagelab.execution.oom import POOL, out_of_memory
 from pagelab.memory.layout import KVLayout
 from pagelab.types import BlockId
 
@@ -20,26 +20,36 @@ class KVCache:
     Heads are outermost, so that one block of one head is one contiguous row of
     `block_size · D` numbers, and gathering a context leaves it ready for a product.
 
+    Args:
+        layout: of the K/V.
+        num_blocks: of the pool.
+        device: where.
+        scratch_block: one block more, behind the pool's (id `num_blocks`), for padding to write to.
+
     Raises:
         InsufficientMemoryError: the device cannot give that much.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device,
+        *,
+        scratch_block: bool = False,
+    ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (2, layout.num_kv_heads, num_blocks, layout.block_size, layout.head_dim)
-        try:
+        blocks = num_blocks + scratch_block
+        shape = (2, layout.num_kv_heads, blocks, layout.block_size, layout.head_dim)
+        pool = format_bytes(num_blocks * layout.bytes_per_block)
+        with out_of_memory(f"for a KV pool of {pool}", device, POOL):
             # zeros, not empty: attention multiplies hidden slots by 0, which a NaN survives.
             # The system hands out zero pages when they are first touched, so it costs nothing.
             self.layers = [
                 torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
                 for _ in range(layout.num_layers)
             ]
-        except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
-            raise InsufficientMemoryError(
-                f"no memory for a KV pool of {format_bytes(num_blocks * layout.bytes_per_block)} "
-                f"on {device}: lower --kv-memory"
-            ) from error
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v `[T, kv_heads, D]` into these slots `[T]` of a layer."""

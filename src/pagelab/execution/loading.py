@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from pagelab.attention.select import select_attention
+from pagelab.attention.select import resolve_attention, select_attention
+from pagelab.config import MemoryConfig, SchedulerConfig
 from pagelab.errors import ConfigError
 from pagelab.execution.kv_cache import DTYPES, KVCache
+from pagelab.execution.load_progress import LoadProgress, WatchedWeights, loaded_bytes
 from pagelab.execution.model_runner import ModelRunner
-from pagelab.models.decoder import Decoder
+from pagelab.execution.oom import WEIGHTS, out_of_memory
+from pagelab.memory.layout import DTYPE_BYTES
+from pagelab.models.decoder import Decoder, Weights
+from pagelab.models.device_weights import DeviceWeights
 from pagelab.models.fetch import ModelSource
-from pagelab.models.registry import load_weights
+from pagelab.models.random_weights import RandomWeights
+from pagelab.models.registry import open_weights
 from pagelab.models.spec import ModelSpec
 
-_DEFAULT_CPU_KV = 1 << 30
+if TYPE_CHECKING:
+    from pagelab.execution.gpu_runner import GpuRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
-    """Where and in what to compute; `auto` is resolved by `resolve_device`."""
+    """Where and in what to compute; `auto` is resolved by `resolve_device`.
+
+    With `random_weights` a model's files are not read: its weights are drawn on the device.
+    Without `cuda_graphs` every step runs kernel by kernel. Without `progress` loading shows no
+    bar.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
     threads: int | None = None
+    random_weights: bool = False
+    cuda_graphs: bool = True
+    batch_invariant: bool = False
+    progress: bool = True
 
 
 def resolve_device(config: DeviceConfig) -> tuple[torch.device, str]:
@@ -55,23 +74,15 @@ def resolve_device(config: DeviceConfig) -> tuple[torch.device, str]:
     return device, dtype
 
 
-def default_kv_memory(device: torch.device) -> int:
-    """Bytes for K/V when the user gives none: 1 GiB on a CPU, half of a GPU's free memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free // 2
-    return _DEFAULT_CPU_KV
-
-
 def load_runner(
     source: ModelSource,
     spec: ModelSpec,
     config: DeviceConfig,
     *,
-    num_blocks: int,
-    block_size: int,
-) -> ModelRunner:
-    """Read the weights, build the decoder and its KV cache.
+    memory: MemoryConfig,
+    scheduling: SchedulerConfig,
+) -> ModelRunner | GpuRunner:
+    """Read the weights, build the decoder and its KV cache, and the runner for them.
 
     Raises:
         ModelError: the model's files are broken or not supported.
@@ -82,9 +93,48 @@ def load_runner(
         if config.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {config.threads}")
         torch.set_num_threads(config.threads)
-    attention = select_attention(config.attention)
-    cache = KVCache(spec.kv_layout(dtype, block_size), num_blocks, device)
-    with torch.inference_mode():
-        weights = load_weights(source, spec)
-        decoder = Decoder(spec, weights, DTYPES[dtype], device)
-    return ModelRunner(decoder, cache, attention)
+    name = resolve_attention(config.attention, device)
+    layout = spec.kv_layout(dtype, memory.block_size)
+    fused = name == "triton"
+    if config.batch_invariant and not fused:
+        raise ConfigError(
+            f"--batch-invariant needs --attention triton, on a GPU; here it is {name}"
+        )
+    cache = KVCache(layout, memory.num_blocks, device, scratch_block=fused)
+    with torch.inference_mode(), out_of_memory("while loading the weights", device, WEIGHTS):
+        with _weights(source, spec, config, device, dtype) as weights:
+            decoder = Decoder(spec, weights, DTYPES[dtype], device, pack=not fused)
+        if not fused:
+            return ModelRunner(decoder, cache, select_attention(name))
+        from pagelab.execution.gpu_runner import GpuRunner
+
+        runner = GpuRunner(
+            decoder,
+            cache,
+            scheduling,
+            max_model_len=memory.max_model_len,
+            graphs=config.cuda_graphs,
+            batch_invariant=config.batch_invariant,
+        )
+    if device.type == "cuda":  # what loading needed, for the runner's own stream
+        torch.cuda.empty_cache()
+    return runner
+
+
+@contextmanager
+def _weights(
+    source: ModelSource, spec: ModelSpec, config: DeviceConfig, device: torch.device, dtype: str
+) -> Iterator[Weights]:
+    """The weights, each made or read when it is taken, on a GPU straight there."""
+    size = DTYPE_BYTES[dtype]
+    with LoadProgress(loaded_bytes(spec, size), enabled=config.progress) as progress:
+        if config.random_weights:
+            drawn = RandomWeights(spec, DTYPES[dtype], device)
+            yield WatchedWeights(drawn, progress, size)
+            return
+        stored = open_weights(source, spec)
+        if device.type != "cuda":
+            yield WatchedWeights(stored, progress, size)
+            return
+        with DeviceWeights(stored, DTYPES[dtype], device) as sent:
+            yield WatchedWeights(sent, progress, size)

@@ -7,6 +7,7 @@ import torch
 from pagelab.attention.base import AttentionBackend
 from pagelab.execution.inputs import StepInputs, build_inputs
 from pagelab.execution.kv_cache import KVCache
+from pagelab.execution.oom import in_step
 from pagelab.execution.sampler import sample
 from pagelab.models.decoder import Decoder
 from pagelab.scheduling.batch import Batch, StepResult
@@ -30,8 +31,12 @@ class ModelRunner:
         self._scale = decoder.spec.head_dim**-0.5
 
     def submit(self, batch: Batch) -> StepResult:
-        """Run a step."""
-        with torch.inference_mode():
+        """Run a step.
+
+        Raises:
+            InsufficientMemoryError: there is no memory for its intermediate results.
+        """
+        with in_step(batch, self.device), torch.inference_mode():
             self.cache.copy_blocks(batch.copies)
             inputs = build_inputs(batch, self.cache.layout.block_size, self.device)
             hidden = self._forward(inputs)

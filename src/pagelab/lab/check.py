@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pagelab.attention.select import why_no_triton_on
 from pagelab.config import format_bytes
 from pagelab.models.fetch import default_model_status, model_cache
 from pagelab.telemetry import Capability, describe_environment, what_runs
@@ -21,7 +22,8 @@ def check_environment(*, probe_torch: bool = True) -> dict[str, Any]:
     environment = describe_environment(model_cache(), probe_torch=probe_torch)
     ready, why = default_model_status()
     environment["default_model"] = {"ready": ready, "why": why}
-    environment["runs"] = [capability._asdict() for capability in what_runs(environment)]
+    runs = [*what_runs(environment), attention_backend(environment)]
+    environment["runs"] = [capability._asdict() for capability in runs]
     return environment
 
 
@@ -42,6 +44,23 @@ def render_check(environment: dict[str, Any], console: Console) -> None:
         mark = "[green]yes[/]" if capability.runs else "[yellow]no[/]"
         table.add_row(f"[bold]{escape(capability.name)}[/]", mark, escape(capability.why))
     console.print(table)
+
+
+def attention_backend(environment: dict[str, Any]) -> Capability:
+    """Whether the Triton kernels run here, what `--attention auto` takes, and why.
+
+    Torch's first GPU decides, which `--device auto` takes; NVML numbers them alike unless
+    CUDA_VISIBLE_DEVICES says otherwise.
+    """
+    usable = next(c for c in what_runs(environment) if c.name == "torch on a GPU")
+    if not usable.runs:
+        reason: str | None = usable.why
+    else:
+        capability = environment["gpus"][0].get("compute_capability")
+        reason = why_no_triton_on(tuple(capability)) if capability else None
+    backend = "triton" if reason is None else "cpu"
+    text = f"--attention auto takes {backend}"
+    return Capability("attention triton", reason is None, text + (f": {reason}" if reason else ""))
 
 
 def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
@@ -71,6 +90,8 @@ def environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
     for gpu in environment["gpus"]:
         free, total = gpu["memory_free_bytes"], gpu["memory_total_bytes"]
         text = f"{gpu['name']}: {format_bytes(free)} free of {format_bytes(total)}"
+        if gpu.get("compute_capability"):
+            text += f", compute capability {'.'.join(map(str, gpu['compute_capability']))}"
         rows.append((f"GPU {gpu['index']}", text))
     if not environment["gpus"]:
         rows.append(("GPU", "none found"))

@@ -169,8 +169,8 @@ def budget_from_kv_memory(
 ) -> MemoryBudget:
     """Give K/V what was asked for.
 
-    Args:
-        must_fit: refuse what the free memory does not hold (a CPU's estimate is too rough).
+    With `must_fit`, what the free memory does not hold is refused (a CPU's estimate is too rough
+    for that).
 
     Raises:
         InsufficientMemoryError: not even a block fits into `kv_memory`, or it does not fit beside
@@ -235,8 +235,9 @@ def _too_small(
     )
     text += f"leave {_exact(left)}: " if left >= 0 else f"need {_exact(-left)} more than that: "
     fitting = max(0, left) // layout.bytes_per_block * layout.block_size
-    ways = [f"lower --max-model-len to {fitting} at most"] if fitting > 0 else []
-    ways.append(_SMALLER_STEPS)
+    ways = [f"lower --max-model-len to {fitting}"] if fitting > 0 else []
+    if left + footprint.activation_bytes + footprint.graphs >= needed or not ways:
+        ways.append(_SMALLER_STEPS)
     if layout.dtype == "float32":
         ways.append(_HALF)
     if utilization < 1 and memory.free_bytes - footprint.total_bytes >= needed:

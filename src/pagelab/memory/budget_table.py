@@ -15,7 +15,7 @@ def budget_rows(budget: MemoryBudget) -> list[Row]:
     """The rows of the sum, from the total to what is left; parts of activations are indented."""
     share = budget.utilization
     return [
-        ("total", budget.total_bytes, budget.device),
+        ("total", budget.total_bytes, ""),
         ("in use before", budget.used_before_bytes, _users(budget)),
         ("weights", budget.weight_bytes, ""),
         ("activations", budget.activation_bytes, "allocated once, or a step's peak"),
@@ -37,7 +37,9 @@ def budget_rows(budget: MemoryBudget) -> list[Row]:
 
 def budget_table(budget: MemoryBudget) -> Table:
     """The table for people."""
-    table = Table(title="memory", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"memory of {budget.device}", title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("", no_wrap=True)
     for name in ("bytes", "", "share"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -42,6 +42,7 @@ class Decoder:
             that packed and unpacked weights are never both in memory.
         dtype: what to compute in.
         device: where.
+        pack: put linear layers into the layout that is fastest here; off, they stay `[out, in]`.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Decoder:
         weights: Weights,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        pack: bool = True,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -58,7 +61,7 @@ class Decoder:
             return weights.pop(name).to(device=device, dtype=dtype)
 
         build = _gpt2_layer if spec.architecture == "gpt2" else _llama_layer
-        self.layers = [build(spec, get, i) for i in range(spec.num_layers)]
+        self.layers = [build(spec, get, i, pack) for i in range(spec.num_layers)]
         base = "transformer.wte" if spec.architecture == "gpt2" else "model.embed_tokens"
         self.embedding = get(f"{base}.weight")
         if spec.architecture == "gpt2":
@@ -66,7 +69,8 @@ class Decoder:
             self.final_norm = _norm(spec, get, "transformer.ln_f")
         else:
             self.final_norm = _norm(spec, get, "model.norm")
-        self.head = Linear(self.embedding if spec.tied_embeddings else get("lm_head.weight"))
+        head = self.embedding if spec.tied_embeddings else get("lm_head.weight")
+        self.head = Linear(head, pack=pack)
         self.rotary = RotaryEmbedding(spec, device) if spec.positions == "rope" else None
 
     def forward(
@@ -118,28 +122,28 @@ class Decoder:
 Get = Callable[[str], torch.Tensor]
 
 
-def _llama_layer(spec: ModelSpec, get: Get, index: int) -> DecoderLayer:
+def _llama_layer(spec: ModelSpec, get: Get, index: int, pack: bool) -> DecoderLayer:
     base = f"model.layers.{index}"
     attention, mlp = f"{base}.self_attn", f"{base}.mlp"
     qkv_names = [f"{attention}.{part}_proj" for part in "qkv"]
     up_names = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
     return DecoderLayer(
         attention_norm=_norm(spec, get, f"{base}.input_layernorm"),
-        qkv=_merged(get, qkv_names, spec.qkv_bias),
+        qkv=_merged(get, qkv_names, spec.qkv_bias, pack),
         q_norm=_norm(spec, get, f"{attention}.q_norm") if spec.qk_norm else None,
         k_norm=_norm(spec, get, f"{attention}.k_norm") if spec.qk_norm else None,
-        output=_merged(get, [f"{attention}.o_proj"], spec.output_bias),
+        output=_merged(get, [f"{attention}.o_proj"], spec.output_bias, pack),
         mlp_norm=_norm(spec, get, f"{base}.post_attention_layernorm"),
-        up=_merged(get, up_names, spec.mlp_bias),
-        down=_merged(get, [f"{mlp}.down_proj"], spec.mlp_bias),
+        up=_merged(get, up_names, spec.mlp_bias, pack),
+        down=_merged(get, [f"{mlp}.down_proj"], spec.mlp_bias, pack),
     )
 
 
-def _gpt2_layer(spec: ModelSpec, get: Get, index: int) -> DecoderLayer:
+def _gpt2_layer(spec: ModelSpec, get: Get, index: int, pack: bool) -> DecoderLayer:
     base = f"transformer.h.{index}"
 
     def linear(name: str) -> Linear:  # GPT-2 stores [in, out]
-        return Linear(get(f"{base}.{name}.weight").t(), get(f"{base}.{name}.bias"))
+        return Linear(get(f"{base}.{name}.weight").t(), get(f"{base}.{name}.bias"), pack=pack)
 
     return DecoderLayer(
         attention_norm=_norm(spec, get, f"{base}.ln_1"),
@@ -153,10 +157,11 @@ def _gpt2_layer(spec: ModelSpec, get: Get, index: int) -> DecoderLayer:
     )
 
 
-def _merged(get: Get, names: list[str], bias: bool) -> Linear:
+def _merged(get: Get, names: list[str], bias: bool, pack: bool) -> Linear:
     """Several linear layers with the same input, as one."""
     weight = torch.cat([get(f"{name}.weight") for name in names])
-    return Linear(weight, torch.cat([get(f"{name}.bias") for name in names]) if bias else None)
+    biases = torch.cat([get(f"{name}.bias") for name in names]) if bias else None
+    return Linear(weight, biases, pack=pack)
 
 
 def _norm(spec: ModelSpec, get: Get, name: str) -> Norm:

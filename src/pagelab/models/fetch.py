@@ -46,10 +46,11 @@ _HUB_NOT = ("*/*", "consolidated*")
 class ModelSource:
     """A model's files: a folder (config.json and safetensors) or one `.gguf` file.
 
+    A `shape` has no files: it is built in (`models.shapes`), and its weights are drawn.
     `name` is short, for tables; `origin` says where the files came from, for people.
     """
 
-    kind: Literal["folder", "gguf"]
+    kind: Literal["folder", "gguf", "shape"]
     path: Path
     name: str
     origin: str

@@ -128,6 +128,17 @@ def read_arrays(file: GGUFFile, spec: ModelSpec) -> dict[str, npt.NDArray[Any]]:
         CorruptModelError: a tensor is missing or has another shape.
         UnsupportedModelError: a tensor that the spec has no place for, or that cannot be read.
     """
+    places = stored_names(file, spec)
+    return {name: read_array(file, spec, name, stored) for name, stored in places.items()}
+
+
+def stored_names(file: GGUFFile, spec: ModelSpec) -> dict[str, str]:
+    """The file's name of each of `expected_weights(spec)`, all of them checked.
+
+    Raises:
+        CorruptModelError: a tensor is missing or has another shape.
+        UnsupportedModelError: a tensor that the spec has no place for.
+    """
     names = {gguf_name: transformers_name(gguf_name, spec) for gguf_name in file.tensors}
     expected = expected_weights(spec)
     for gguf_name, name in names.items():
@@ -136,21 +147,25 @@ def read_arrays(file: GGUFFile, spec: ModelSpec) -> dict[str, npt.NDArray[Any]]:
                 f"{file.path}: {spec.architecture} has no place for the tensor {gguf_name}"
             )
     stored = {name: file.tensors[gguf_name].shape for gguf_name, name in names.items() if name}
-    flipped = {n: s[::-1] if _is_conv1d(n, expected) else s for n, s in stored.items()}
+    flipped = {n: s[::-1] if _is_conv1d(n) else s for n, s in stored.items()}
     check_shapes(flipped, spec, file.path)
-    arrays = {}
-    for gguf_name, name in names.items():
-        if name is None or name not in expected:
-            continue
-        values = file.read(gguf_name)
-        if _is_conv1d(name, expected):
-            values = np.ascontiguousarray(values.T)
-        elif spec.architecture == "llama" and ".q_proj." in name:
-            values = unpermute(values, spec.num_heads)
-        elif spec.architecture == "llama" and ".k_proj." in name:
-            values = unpermute(values, spec.num_kv_heads)
-        arrays[name] = values
-    return arrays
+    return {name: stored for stored, name in names.items() if name in expected and name is not None}
+
+
+def read_array(file: GGUFFile, spec: ModelSpec, name: str, stored_name: str) -> npt.NDArray[Any]:
+    """One weight by transformers' name, in transformers' layout.
+
+    Raises:
+        UnsupportedModelError: a type that cannot be dequantized.
+    """
+    values = file.read(stored_name)
+    if _is_conv1d(name):
+        return np.ascontiguousarray(values.T)
+    if spec.architecture == "llama" and ".q_proj." in name:
+        return unpermute(values, spec.num_heads)
+    if spec.architecture == "llama" and ".k_proj." in name:
+        return unpermute(values, spec.num_kv_heads)
+    return values
 
 
 def transformers_name(name: str, spec: ModelSpec) -> str | None:
@@ -287,7 +302,6 @@ def _float32(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _is_conv1d(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_conv1d(name: str) -> bool:
     """Whether transformers keeps this weight as [in, out]."""
-    linear = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-    return name in expected and name.endswith(linear)
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))

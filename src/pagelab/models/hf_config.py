@@ -110,7 +110,20 @@ def read_config(folder: Path) -> ModelSpec:
         UnsupportedModelError: an architecture or an option that PageLab does not have.
     """
     path = folder / "config.json"
-    config = Fields(read_json(path), path)
+    return spec_of_config(read_json(path), path)
+
+
+def spec_of_config(fields: Mapping[str, Any], path: Path) -> ModelSpec:
+    """The spec that the fields of a `config.json` describe.
+
+    Args:
+        fields: the file's object.
+        path: where it lies, for errors; generation_config.json is looked for beside it.
+
+    Raises:
+        CorruptModelError, UnsupportedModelError: as `read_config`.
+    """
+    config, folder = Fields(fields, path), path.parent
     kind = config.get("model_type")
     if kind not in CAUSAL_LM:
         raise config.refuse("model_type", kind, f"PageLab has {', '.join(CAUSAL_LM)}")

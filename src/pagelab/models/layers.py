@@ -15,12 +15,14 @@ class Linear:
 
     On a CPU with oneDNN the weight is reordered once into oneDNN's own blocked layout (the
     operation that torch's compiler uses when it freezes a model): half the time of `F.linear`
-    for one to 24 rows (docs/log.md). Elsewhere it is `F.linear`.
+    for one to 24 rows (docs/log.md). Elsewhere, or with `pack` off, it is `F.linear`.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: bool = True
+    ) -> None:
         self.bias = bias
-        self.packed = _can_pack(weight)
+        self.packed = pack and _can_pack(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.weight = weight

@@ -5,10 +5,13 @@ Nothing here imports torch before weights are asked for.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING
 
+from pagelab.errors import ModelNotFoundError
 from pagelab.models.fetch import ModelSource
-from pagelab.models.hf_config import read_config
+from pagelab.models.hf_config import read_config, spec_of_config
+from pagelab.models.shapes import BUILT_IN
 from pagelab.models.spec import ModelSpec
 from pagelab.models.tokenizer import Tokenizer
 from pagelab.models.weights import expected_weights
@@ -16,7 +19,7 @@ from pagelab.models.weights import expected_weights
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["expected_weights", "load_spec", "load_tokenizer", "load_weights"]
+__all__ = ["expected_weights", "load_spec", "load_tokenizer", "load_weights", "open_weights"]
 
 
 def load_spec(source: ModelSource) -> ModelSpec:
@@ -29,6 +32,8 @@ def load_spec(source: ModelSource) -> ModelSpec:
     """
     if source.kind == "folder":
         return read_config(source.path)
+    if source.kind == "shape":
+        return spec_of_config(BUILT_IN[source.name], source.path)
     from pagelab.models.gguf_file import GGUFFile
     from pagelab.models.gguf_model import read_spec
 
@@ -45,17 +50,27 @@ def load_weights(source: ModelSource, spec: ModelSpec) -> dict[str, torch.Tensor
         CorruptModelError: truncated; a shard or tensor is missing, or has another shape.
         UnsupportedModelError: a tensor's type cannot be read.
     """
+    return dict(open_weights(source, spec))
+
+
+def open_weights(source: ModelSource, spec: ModelSpec) -> MutableMapping[str, torch.Tensor]:
+    """The same, but nothing is read before it is taken: files are mapped into memory.
+
+    A quantized tensor is dequantized whenever it is taken: take each once (`pop`).
+
+    Raises:
+        ModelError: as `load_weights`; a type that cannot be read, when it is taken.
+    """
     if source.kind == "folder":
         from pagelab.models.safetensors_folder import read_weights
 
         return read_weights(source.path, spec)
-    import torch
-
+    if source.kind == "shape":
+        raise ModelNotFoundError(f"{source.name} is a shape without weights: draw random ones")
     from pagelab.models.gguf_file import GGUFFile
-    from pagelab.models.gguf_model import read_arrays
+    from pagelab.models.gguf_weights import GGUFWeights
 
-    arrays = read_arrays(GGUFFile(source.path), spec)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return GGUFWeights(GGUFFile(source.path), spec)
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
@@ -70,6 +85,8 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
         from pagelab.models.folder_tokenizer import read_tokenizer
 
         return read_tokenizer(source.path)
+    if source.kind == "shape":
+        raise ModelNotFoundError(f"{source.name} is a shape without a tokenizer: give token ids")
     from pagelab.models.gguf_file import GGUFFile
     from pagelab.models.gguf_tokenizer import build_tokenizer
 

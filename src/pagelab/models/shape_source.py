@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pagelab.errors import ModelNotFoundError, UnsupportedModelError
 from pagelab.models import default_model
-from pagelab.models.fetch import asking_hub, is_path, resolve
+from pagelab.models.fetch import ModelSource, asking_hub, is_path, resolve
 from pagelab.models.hf_config import read_config, read_json
 from pagelab.models.model_shape import ModelShape, shape_of_config, shape_of_spec
 from pagelab.models.shapes import BUILT_IN
@@ -51,6 +51,29 @@ def load_shape(model: str | None) -> ModelShape:
     if is_path(text):
         raise ModelNotFoundError(f"there is no model at {text}: no such folder or file")
     return _folder_shape(_hub_config(text).parent, text.rpartition("/")[2])
+
+
+def resolve_shape(model: str | None) -> ModelSource:
+    """Find a model's description for an engine with random weights: weights are not fetched.
+
+    Args:
+        model: as in `load_shape`. `registry.load_spec` then says whether the engine runs it.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError: as `load_shape`.
+    """
+    text = (model or "").strip()
+    if default_model.is_default(text):
+        text = _DEFAULT
+    if Path(text).expanduser().exists():
+        return resolve(text)
+    name = text.lower()
+    if name in BUILT_IN:
+        return ModelSource("shape", Path("built-in", name), name, f"the built-in shape {name}")
+    if is_path(text):
+        raise ModelNotFoundError(f"there is no model at {text}: no such folder or file")
+    folder = _hub_config(text).parent
+    return ModelSource("folder", folder, text.rpartition("/")[2], f"config.json of {text}")
 
 
 def built_in_shape(name: str) -> ModelShape:

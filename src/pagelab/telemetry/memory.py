@@ -24,7 +24,10 @@ from pagelab.telemetry.machine import _lines
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Each NVIDIA GPU with its memory in bytes, by NVML; empty without a driver."""
+    """Each NVIDIA GPU with its memory in bytes, by NVML; empty without a driver.
+
+    `compute_capability` is `[8, 0]`, say; None where NVML does not know it.
+    """
     found: list[dict[str, Any]] = []
     with _Nvml() as nvml:
         for index, handle in enumerate(nvml.handles):
@@ -39,9 +42,17 @@ def gpus() -> list[dict[str, Any]]:
                     "name": name.decode() if isinstance(name, bytes) else str(name),
                     "memory_total_bytes": int(memory.total),
                     "memory_free_bytes": int(memory.free),
+                    "compute_capability": _capability(nvml.api, handle),
                 }
             )
     return found
+
+
+def _capability(api: Any, handle: Any) -> list[int] | None:
+    try:
+        return [int(part) for part in api.nvmlDeviceGetCudaComputeCapability(handle)]
+    except (api.NVMLError, AttributeError):
+        return None
 
 
 class _Nvml:

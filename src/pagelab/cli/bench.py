@@ -1,0 +1,139 @@
+"""`pagelab bench throughput` and `pagelab bench latency`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pagelab.cli.options import (
+    ENGINE_NAMES,
+    F,
+    apply_options,
+    command_line,
+    engine_options,
+)
+
+if TYPE_CHECKING:
+    from pagelab.bench.record import Record
+    from pagelab.bench.settings import BenchSettings
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _engine_options(command: F) -> F:
+    return apply_options(
+        command,
+        click.option(
+            "--model",
+            metavar="NAME",
+            help="A folder, a .gguf file or a hub id; with --random-weights also the name of a "
+            "built-in shape: gpt2, qwen3-0.6b, llama-3.1-8b, …  [default: SmolLM2-135M-Instruct]",
+        ),
+        click.option("--random-weights", is_flag=True, help="Draw the weights; no files needed."),
+        engine_options,
+        click.option(
+            "--prefix-caching", is_flag=True, help="On: a repeat then finds its own prompts."
+        ),
+    )
+
+
+def _run_options(command: F) -> F:
+    return apply_options(
+        command,
+        click.option(
+            "--workload",
+            metavar="SPEC",
+            help="prompts4, batch64, nano256, w2, or what `pagelab compare --workload` takes.  "
+            "[default: prompts4]",
+        ),
+        click.option("--num-requests", type=int, help="How many, with lengths or a generator."),
+        click.option("--input-len", type=int, help="Tokens of every prompt."),
+        click.option("--output-len", type=int, help="Tokens that every request generates."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--warmup", default=1, show_default=True, help="Runs that are not counted."),
+        click.option("--repeats", default=3, show_default=True, help="Runs that are."),
+        click.option("--seed", default=0, show_default=True, help="Of ids, arrivals, sampling."),
+        click.option(
+            "--limits/--no-limits",
+            default=True,
+            show_default=True,
+            help="Measure what this machine could do (two seconds).",
+        ),
+        click.option("--json", "json_path", type=_FILE, help="Write everything here."),
+        click.option("--csv", "csv_path", type=_FILE, help="Write a line a repeat here."),
+        click.option(
+            "--profile", type=_FILE, help="Write a trace of an extra run here, for Perfetto."
+        ),
+    )
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed and waiting times, against what this machine could do."""
+
+
+@bench.command()
+@_engine_options
+@_run_options
+def throughput(**options: Any) -> None:
+    """All requests at once: tokens a second, and how far that is from the machine's limit."""
+    from pagelab.bench.throughput import bench_throughput
+
+    _run(bench_throughput, options)
+
+
+@bench.command()
+@_engine_options
+@_run_options
+@click.option(
+    "--concurrency", type=int, help="Requests at the same time.  [default: 1, without --rate]"
+)
+@click.option(
+    "--rate",
+    metavar="RATE",
+    help="When requests arrive: burst, 4 or poisson:4 (requests a second), gamma:4,cv=2, trace.",
+)
+def latency(**options: Any) -> None:
+    """One request after another, or as they arrive: TTFT, ITL, TPOT and their percentiles."""
+    from pagelab.bench.latency import bench_latency
+
+    _run(bench_latency, options)
+
+
+def _run(bench: Callable[[BenchSettings, Any, str], Record], options: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from pagelab.bench.progress import BenchProgress
+    from pagelab.bench.record import check_paths, save_csv, save_json
+    from pagelab.bench.tables import print_record
+
+    settings = _settings(options)
+    json_path, csv_path = options["json_path"], options["csv_path"]
+    check_paths(json_path, csv_path, settings.profile)
+    record = bench(settings, BenchProgress(Console(stderr=True)), command_line())
+    print_record(record, Console())
+    if json_path is not None:
+        save_json(record, json_path)
+    if csv_path is not None:
+        save_csv(record, csv_path)
+
+
+def _settings(options: dict[str, Any]) -> BenchSettings:
+    from pagelab.bench.settings import BenchSettings, EngineChoice
+    from pagelab.bench.workloads import WorkloadChoice
+
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    engine = EngineChoice(**taken("model", "random_weights", "prefix_caching", *ENGINE_NAMES))
+    workload = WorkloadChoice(
+        name=options["workload"], **taken("num_requests", "input_len", "output_len", "rate")
+    )
+    return BenchSettings(
+        engine=engine,
+        workload=workload,
+        **taken("temperature", "warmup", "repeats", "seed", "limits", "profile", "concurrency"),
+    )

@@ -1,0 +1,109 @@
+"""A bar while weights are loaded, where that takes more than a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from math import prod
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from pagelab.models.spec import ModelSpec
+from pagelab.models.weights import expected_weights
+
+_AFTER_S = 1.0
+
+
+class LoadProgress:
+    """Shows bytes loaded, on a terminal and after a second; silent otherwise. A context manager.
+
+    Args:
+        total_bytes: of all weights, as loaded.
+        enabled: False: never shown.
+        console: None: standard error.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        total_bytes: int,
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.loaded_bytes = 0
+        self._clock = clock
+        self._shown_at = clock() + _AFTER_S
+        self._progress = Progress(
+            TextColumn("loading weights"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True) if console is None else console,
+            transient=True,
+        )
+        self._enabled = enabled and self._progress.console.is_terminal
+        self._task = self._progress.add_task("", total=total_bytes)
+        self._started = False
+
+    def __enter__(self) -> LoadProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            self._progress.stop()
+
+    @property
+    def shown(self) -> bool:
+        """Whether the bar has appeared."""
+        return self._started
+
+    def advance(self, num_bytes: int) -> None:
+        """So many bytes more are there."""
+        self.loaded_bytes += num_bytes
+        self._progress.update(self._task, completed=self.loaded_bytes)
+        if self._enabled and not self._started and self._clock() >= self._shown_at:
+            self._progress.start()
+            self._started = True
+
+
+class WatchedWeights(MutableMapping[str, torch.Tensor]):
+    """Weights whose taking is told to a `LoadProgress`."""
+
+    def __init__(
+        self, source: MutableMapping[str, torch.Tensor], progress: LoadProgress, size: int
+    ) -> None:
+        self._source, self._progress, self._size = source, progress, size
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._source[name]
+        self._progress.advance(tensor.numel() * self._size)
+        return tensor
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        self._source[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._source[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+def loaded_bytes(spec: ModelSpec, size: int) -> int:
+    """Bytes of all weights where a number takes `size`."""
+    return size * sum(prod(shape) for shape in expected_weights(spec).values())

@@ -1,0 +1,135 @@
+"""The inputs of a step in which sequences bring several tokens each, as one array of words.
+
+The host knows all of it but the ids of tokens that are still being sampled::
+
+    words | token_ids T | token_rows T | positions T | order S | samples S | counts S | last S
+          | tiles | number of tiles | items | number of items
+
+Tiles are for sequences with several tokens (`kernels.paged_prefill`), items for those with one
+(`kernels.paged_decode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pagelab.kernels.paged_decode import DESCRIPTOR, cut_items
+from pagelab.kernels.paged_prefill import TILE, cut_tiles
+from pagelab.scheduling.batch import ScheduledSequence
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedShape:
+    """How many of each thing a step has room for.
+
+    Attributes:
+        tokens: T.
+        seqs: S.
+        tile: queries of a tile.
+        target_items: items that the K/V of single tokens is cut into, about.
+        tiles_only: single tokens are tiles, too.
+    """
+
+    tokens: int
+    seqs: int
+    tile: int
+    target_items: int
+    tiles_only: bool = False
+
+    @property
+    def tiles(self) -> int:
+        """Tiles at most: each sequence may end with one that is not full."""
+        return self.tokens // self.tile + min(self.seqs, self.tokens)
+
+    @property
+    def items(self) -> int:
+        """Items at most."""
+        return self.seqs + self.target_items
+
+    def parts(self) -> dict[str, int]:
+        """Words of each part, in their order; each starts at a multiple of 4."""
+        t, s = self.tokens, self.seqs
+        return {
+            "token_ids": t,
+            "token_rows": t,
+            "positions": t,
+            "order": s,
+            "samples": s,
+            "counts": s,
+            "last": s,
+            "tiles": self.tiles * TILE,
+            "num_tiles": 1,
+            "items": self.items * DESCRIPTOR,
+            "num_items": 1,
+        }
+
+    @property
+    def num_words(self) -> int:
+        """Words of all parts."""
+        return sum(-(-size // 4) * 4 for size in self.parts().values())
+
+
+def split(words: torch.Tensor, shape: RaggedShape) -> dict[str, torch.Tensor]:
+    """The parts of such an array, as views."""
+    found: dict[str, torch.Tensor] = {}
+    at = 0
+    for name, size in shape.parts().items():
+        found[name] = words[at : at + size]
+        at += -(-size // 4) * 4
+    found["tiles"] = found["tiles"].view(-1, TILE)
+    found["items"] = found["items"].view(-1, DESCRIPTOR)
+    return found
+
+
+def fill(
+    words: np.ndarray,
+    shape: RaggedShape,
+    parts: Sequence[ScheduledSequence],
+    rows: Sequence[int],
+    scratch: int,
+) -> None:
+    """Write a batch into `words` (int32, `[shape.num_words]`)."""
+    at = 0
+    places: dict[str, np.ndarray] = {}
+    for name, size in shape.parts().items():
+        places[name] = words[at : at + size]
+        at += -(-size // 4) * 4
+    counts = np.array([part.num_tokens for part in parts], np.int32)
+    starts = np.array([part.start for part in parts], np.int32)
+    own = np.array(rows, np.int32)
+    num_tokens, num_seqs = int(counts.sum()), len(parts)
+    first = np.cumsum(counts) - counts
+
+    ids: list[int] = []
+    for part in parts:
+        ids += part.token_ids
+        if len(part.token_ids) < part.num_tokens:
+            ids += [-1] * (part.num_tokens - len(part.token_ids))
+    _padded(places["token_ids"], ids, 0)
+    _padded(places["token_rows"], np.repeat(own, counts), scratch)
+    within = np.arange(num_tokens, dtype=np.int32) - np.repeat(first, counts)
+    _padded(places["positions"], np.repeat(starts, counts) + within, 0)
+    _padded(places["order"], own, scratch)
+    _padded(places["samples"], [part.samples for part in parts], 0)
+    _padded(places["counts"], counts, 0)
+    _padded(places["last"], first + counts - 1, 0)
+
+    several = (counts > 1) | shape.tiles_only
+    tiles = cut_tiles(own[several], first[several], counts[several], starts[several], shape.tile)
+    places["tiles"][: tiles.size] = tiles.reshape(-1)
+    places["num_tiles"][0] = len(tiles)
+    one = np.flatnonzero(~several)
+    items = cut_items(
+        np.arange(num_seqs)[one], own[one], first[one], starts[one], shape.target_items
+    )
+    places["items"][: items.size] = items.reshape(-1)
+    places["num_items"][0] = len(items)
+
+
+def _padded(place: np.ndarray, values: Sequence[int] | np.ndarray, padding: int) -> None:
+    place[: len(values)] = values
+    place[len(values) :] = padding

@@ -1,0 +1,443 @@
+"""A step's inputs, made on the device from what each sequence's row says.
+
+One row a running sequence, kept from step to step::
+
+    row | next_token | computed | output_index | block_table ············
+        | what to feed next     | tokens whose K/V is in the cache
+                      | index of the token that is sampled next
+
+`begin_decode` reads the rows and makes the inputs of a step in which every sequence brings one
+token; `advance` writes the sampled tokens back. Between the two nothing comes from the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from pagelab.kernels.launch import Device, begin
+from pagelab.kernels.linear import Peaks
+from pagelab.kernels.paged_decode import SHORTEST_ITEM, DecodePlan
+
+
+@triton.jit
+def _embed(
+    token,
+    position,
+    to,
+    embedding,
+    position_embedding,
+    cos,
+    sin,
+    frequencies,
+    i,
+    hidden,
+    LEARNED: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    j = tl.arange(0, BLOCK)
+    x = tl.load(embedding + token.to(tl.int64) * hidden + j, mask=j < hidden, other=0.0)
+    if LEARNED:
+        p = tl.load(
+            position_embedding + position.to(tl.int64) * hidden + j, mask=j < hidden, other=0.0
+        )
+        x = (x.to(tl.float32) + p.to(tl.float32)).to(x.dtype)
+    tl.store(to + i.to(tl.int64) * hidden + j, x, mask=j < hidden)
+    if not LEARNED:
+        k = tl.arange(0, BLOCK_HALF)
+        angle = position.to(tl.float32) * tl.load(frequencies + k, mask=k < HALF, other=0.0)
+        tl.store(cos + i * HALF + k, tl.cos(angle), mask=k < HALF)
+        tl.store(sin + i * HALF + k, tl.sin(angle), mask=k < HALF)
+
+
+@triton.jit
+def _plan_items(
+    rows, computed, items, num_items, num_seqs, target, shortest, BLOCK_S: tl.constexpr
+):
+    i = tl.arange(0, BLOCK_S)
+    live = i < num_seqs
+    row = tl.load(rows + i, mask=live, other=0)
+    position = tl.load(computed + row, mask=live, other=-1)
+    length = position + 1
+    each = tl.maximum(tl.cdiv(tl.sum(length), target), shortest)
+    each = tl.cdiv(each, 64) * 64
+    count = tl.where(live, tl.cdiv(length, each), 0)
+    first = tl.cumsum(count, 0) - count
+    tl.store(num_items, tl.sum(count))
+    for c in range(tl.max(count)):
+        at = items + (first + c) * 8
+        here = c < count
+        tl.store(at, i, mask=here)
+        tl.store(at + 1, i, mask=here)
+        tl.store(at + 2, row, mask=here)
+        tl.store(at + 3, c * each, mask=here)
+        tl.store(at + 4, tl.minimum((c + 1) * each, length), mask=here)
+        tl.store(at + 5, tl.zeros([BLOCK_S], tl.int32) + c, mask=here)
+        tl.store(at + 6, count, mask=here)
+        tl.store(at + 7, position, mask=here)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "target", "shortest"])
+def _begin_decode(
+    rows,
+    next_token,
+    computed,
+    x,
+    embedding,
+    position_embedding,
+    cos,
+    sin,
+    frequencies,
+    items,
+    num_items,
+    num_seqs,
+    target,
+    shortest,
+    hidden,
+    LEARNED: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    i = tl.program_id(0)
+    if i == num_seqs:
+        _plan_items(rows, computed, items, num_items, num_seqs, target, shortest, BLOCK_S)
+    else:
+        row = tl.load(rows + i)
+        _embed(
+            tl.load(next_token + row),
+            tl.load(computed + row),
+            x,
+            embedding,
+            position_embedding,
+            cos,
+            sin,
+            frequencies,
+            i,
+            hidden,
+            LEARNED,
+            HALF,
+            BLOCK,
+            BLOCK_HALF,
+        )
+
+
+@triton.jit
+def _begin_ragged(
+    token_ids,
+    token_rows,
+    positions,
+    next_token,
+    x,
+    embedding,
+    position_embedding,
+    cos,
+    sin,
+    frequencies,
+    hidden,
+    LEARNED: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    i = tl.program_id(0)
+    token = tl.load(token_ids + i)
+    row = tl.load(token_rows + i)
+    if token < 0:  # the host does not know it yet
+        token = tl.load(next_token + row)
+    _embed(
+        token,
+        tl.load(positions + i),
+        x,
+        embedding,
+        position_embedding,
+        cos,
+        sin,
+        frequencies,
+        i,
+        hidden,
+        LEARNED,
+        HALF,
+        BLOCK,
+        BLOCK_HALF,
+    )
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _advance(
+    rows,
+    samples,
+    counts,
+    tokens,
+    next_token,
+    computed,
+    output_index,
+    upload,
+    num_seqs,
+    scratch,
+    DECODE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    tl.store(upload, 0)  # what the host changed is done: the next step does not do it again
+    i = tl.arange(0, BLOCK_S)
+    live = i < num_seqs
+    row = tl.load(rows + i, mask=live, other=0)
+    live = live & (row != scratch)
+    before = tl.load(computed + row, mask=live, other=0)
+    if DECODE:
+        tl.store(computed + row, before + 1, mask=live)
+        sampled = live
+    else:
+        count = tl.load(counts + i, mask=live, other=0)
+        tl.store(computed + row, before + count, mask=live)
+        sampled = live & (tl.load(samples + i, mask=live, other=0) != 0)
+    token = tl.load(tokens + i, mask=sampled, other=0)
+    tl.store(next_token + row, token, mask=sampled)
+    index = tl.load(output_index + row, mask=sampled, other=0)
+    tl.store(output_index + row, index + 1, mask=sampled)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _pick(
+    peaks,
+    best,
+    blocks,
+    rows,
+    next_token,
+    computed,
+    output_index,
+    tokens,
+    usable,
+    upload,
+    scratch,
+    BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    i = tl.program_id(0)
+    if i == 0:
+        tl.store(upload, 0)
+    b = tl.arange(0, BLOCKS)
+    peak = tl.load(peaks + i * blocks + b, mask=b < blocks, other=float("-inf"))
+    nan = tl.max(tl.where(peak == peak, 0, 1), 0)
+    highest, at = tl.max(tl.where(peak == peak, peak, float("-inf")), 0, return_indices=True)
+    fine = (nan == 0) & (tl.abs(highest) < float("inf"))
+    token = tl.where(fine, tl.load(best + i * blocks + at), 0)
+    tl.store(usable + i, fine.to(tl.int32))
+    tl.store(tokens + i, token)
+    row = tl.load(rows + i)
+    if row != scratch:
+        tl.store(next_token + row, token)
+        tl.store(computed + row, tl.load(computed + row) + 1)
+        tl.store(output_index + row, tl.load(output_index + row) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """What turns a token and its position into the first hidden state.
+
+    Attributes:
+        tokens: `[vocab, hidden]`.
+        positions: `[max_position, hidden]`, where positions are learned.
+        frequencies: `[D / 2]` float32, where they are rotary.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor | None
+    frequencies: torch.Tensor | None
+
+    def arguments(self) -> tuple[int, bool, int, int, int]:
+        """hidden, LEARNED, HALF, BLOCK, BLOCK_HALF of the kernels."""
+        hidden = self.tokens.shape[1]
+        half = 1 if self.frequencies is None else len(self.frequencies)
+        return (
+            hidden,
+            self.positions is not None,
+            half,
+            triton.next_power_of_2(hidden),
+            triton.next_power_of_2(half),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """The rows of all sequences; the last one is the scratch row, for padding.
+
+    Attributes:
+        next_token, computed, output_index: `[R]` int32.
+        block_tables: `[R, blocks]` int32.
+    """
+
+    next_token: torch.Tensor
+    computed: torch.Tensor
+    output_index: torch.Tensor
+    block_tables: torch.Tensor
+
+    @property
+    def scratch(self) -> int:
+        """Index of the row that padding uses."""
+        return len(self.next_token) - 1
+
+
+def begin_decode(
+    rows: torch.Tensor,
+    state: SequenceRows,
+    embeddings: Embeddings,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    plan: DecodePlan,
+    device: Device,
+    *,
+    shortest: int = SHORTEST_ITEM,
+) -> None:
+    """Inputs of a step with one token for each of `rows` `[S]` int32.
+
+    Writes x `[S, hidden]`, cos and sin `[S, D / 2]` float32, and the plan's items.
+    """
+    hidden, *constants = embeddings.arguments()
+    tokens = embeddings.tokens
+    device.launch(
+        _begin_decode,
+        (len(rows) + 1,),
+        rows,
+        state.next_token,
+        state.computed,
+        x,
+        tokens,
+        tokens if embeddings.positions is None else embeddings.positions,
+        cos,
+        sin,
+        cos if embeddings.frequencies is None else embeddings.frequencies,
+        plan.items,
+        plan.num_items,
+        len(rows),
+        plan.target_items,
+        shortest,
+        hidden,
+        *constants,
+        triton.next_power_of_2(plan.max_seqs),
+        device.pdl,
+        num_warps=4,
+    )
+
+
+def begin_ragged(
+    token_ids: torch.Tensor,
+    token_rows: torch.Tensor,
+    positions: torch.Tensor,
+    state: SequenceRows,
+    embeddings: Embeddings,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    device: Device,
+) -> None:
+    """The same for T tokens that the host describes, all int32 `[T]`.
+
+    A token id of -1 is the one that its row's sequence sampled last.
+    """
+    hidden, *constants = embeddings.arguments()
+    tokens = embeddings.tokens
+    device.launch(
+        _begin_ragged,
+        (len(token_ids),),
+        token_ids,
+        token_rows,
+        positions,
+        state.next_token,
+        x,
+        tokens,
+        tokens if embeddings.positions is None else embeddings.positions,
+        cos,
+        sin,
+        cos if embeddings.frequencies is None else embeddings.frequencies,
+        hidden,
+        *constants,
+        device.pdl,
+        num_warps=4,
+    )
+
+
+def advance(
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    state: SequenceRows,
+    upload: torch.Tensor,
+    device: Device,
+    *,
+    samples: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> None:
+    """Write a step's sampled tokens `[S]` into the rows, count what was computed, and mark the
+    upload (`updates`) as applied.
+
+    `samples` and `counts` `[S]` say who sampled and how many tokens each brought; without them
+    everyone brought one and sampled.
+    """
+    device.launch(
+        _advance,
+        (1,),
+        rows,
+        rows if samples is None else samples,
+        rows if counts is None else counts,
+        tokens,
+        state.next_token,
+        state.computed,
+        state.output_index,
+        upload,
+        len(rows),
+        state.scratch,
+        samples is None,
+        triton.next_power_of_2(len(state.next_token)),
+        device.pdl,
+        num_warps=4,
+    )
+
+
+def pick_and_advance(
+    peaks: Peaks,
+    blocks: int,
+    rows: torch.Tensor,
+    state: SequenceRows,
+    tokens: torch.Tensor,
+    usable: torch.Tensor,
+    upload: torch.Tensor,
+    device: Device,
+) -> None:
+    """The greedy end of a decode step: the best token of each row, written back as `advance` does.
+
+    Args:
+        peaks: of the logits, of `blocks` blocks a row (`linear`).
+        tokens, usable: `[S]` int32, written; see `sampling.sample_tokens`.
+    """
+    device.launch(
+        _pick,
+        (len(rows),),
+        peaks.values,
+        peaks.tokens,
+        blocks,
+        rows,
+        state.next_token,
+        state.computed,
+        state.output_index,
+        tokens,
+        usable,
+        upload,
+        state.scratch,
+        triton.next_power_of_2(blocks),
+        device.pdl,
+        num_warps=4,
+    )

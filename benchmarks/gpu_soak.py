@@ -58,6 +58,7 @@ class Settings:
     longest_output: int = 96
     steps_in_flight: int = 3
     cancelled: float = 0.1
+    latest_cancel: int = 60  # steps after it was added
     sample: int = 200
     check_every: int = 50
 
@@ -131,7 +132,9 @@ def draw(settings: Settings, rng: random.Random) -> list[Asked]:
             n=3 if rng.random() < 0.05 else 1,
             ignore_eos=True,
         )
-        cancel_at = rng.randint(0, 60) if rng.random() < settings.cancelled else None
+        cancel_at = (
+            rng.randint(0, settings.latest_cancel) if rng.random() < settings.cancelled else None
+        )
         asked.append(Asked(prompt, params, cancel_at))
     return asked
 
@@ -141,7 +144,7 @@ class Soak:
 
     def __init__(self, settings: Settings, llm: LLM) -> None:
         self.settings, self.llm = settings, llm
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(steps=0, preemptions=0, cancelled=0, output_tokens=0)
         self._cancels: dict[int, list[Request]] = {}
         llm.core.on_step = self._on_step
 
@@ -314,8 +317,9 @@ def arguments(given: Sequence[str] | None) -> tuple[Settings, Path | None]:
             pool_tokens=28,
             longest_prompt=8,
             longest_output=8,
-            sample=4,
+            sample=3,
             cancelled=0.3,
+            latest_cancel=6,
             check_every=5,
         )
     asked = {"requests": args.requests, "sample": args.sample}

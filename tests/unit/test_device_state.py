@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the device's state is laid out beside its kernels")
 
 from pagelab.execution.device_state import DeviceState
-from pagelab.kernels.sampling import MAX_SUPPRESSED
+from pagelab.kernels.sizes import MAX_SUPPRESSED
 from pagelab.scheduling.batch import Batch, ScheduledSequence, StepResult
 from pagelab.types import SamplingParams
 from tests.support.engines import toy_engine

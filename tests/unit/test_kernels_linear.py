@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear
+from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import SequenceRows, pick_and_advance
-from pagelab.kernels.tilings import MAX_ROWS, head_tiling, tiling_for
+from pagelab.kernels.tilings import head_tiling, tiling_for
 from tests.support.paged import DEVICE, HALF, TOLERANCE
 
 EPS = 1e-5
@@ -185,7 +186,7 @@ def test_greedy_choices_come_from_the_peaks_of_blocks(tiling: Tiling) -> None:
 )
 def test_a_tiling_divides_what_it_cuts(rows: int, n: int, k: int, gated: bool, norm: bool) -> None:
     for tiling in (tiling_for(rows, n, k, gated=gated, norm=norm), head_tiling(rows, k)):
-        if rows > MAX_ROWS:
+        if rows > MAX_LINEAR_ROWS:
             assert tiling is None
         if tiling is None:
             continue

@@ -13,11 +13,11 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.paged_prefill import (
-    TILE,
     cut_tiles,
     prefill_attention,
     queries_per_tile,
 )
+from pagelab.kernels.sizes import TILE
 from tests.support.paged import DEVICE, HALF, TOLERANCE, attend, scattered
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 from pagelab.attention.base import AttentionBackend
@@ -60,6 +62,8 @@ def why_no_triton_on(capability: tuple[int, int]) -> str | None:
     if capability < _OLDEST_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, _OLDEST_CAPABILITY))
         return f"this GPU has compute capability {have}, and it needs {need}"
+    if "CC" not in os.environ and not any(shutil.which(name) for name in ("clang", "gcc")):
+        return "Triton builds its launchers with a C compiler: install gcc or clang, or set CC"
     return None
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagelab.kernels.sampling import MAX_SUPPRESSED, SamplingState
+from pagelab.kernels.sampling import SamplingState
+from pagelab.kernels.sizes import MAX_SUPPRESSED
 from pagelab.kernels.step_state import SequenceRows
 from pagelab.scheduling.batch import ScheduledSequence
 from pagelab.types import BlockId, SamplingParams, SequenceId

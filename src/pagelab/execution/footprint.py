@@ -15,6 +15,18 @@ from pagelab.execution.buckets import (
     decode_buckets,
     largest_step,
 )
+from pagelab.kernels.sizes import (
+    DESCRIPTOR,
+    MAX_CHANGES,
+    MAX_LINEAR_ROWS,
+    MAX_SUPPRESSED,
+    SAMPLING_CANDIDATES,
+    SAMPLING_LEVELS,
+    SAMPLING_TILE,
+    SMALLEST_PEAK_BLOCK,
+    TILE,
+    TILE_ROWS,
+)
 from pagelab.memory.budget import Footprint
 from pagelab.memory.layout import DTYPE_BYTES
 from pagelab.models.spec import ModelSpec
@@ -27,12 +39,6 @@ LIBRARY_BYTES = 96 << 20
 
 _ROUNDING_BYTES = 1 << 20
 """torch rounds large tensors up to 2 MiB: half of that each, on average."""
-
-# of `kernels` (sampling, paged_decode, paged_prefill, tilings, linear) and `gpu_runner`
-_SUPPRESSED, _LEVELS, _TILE, _CANDIDATES = 16, 16, 2048, 4096
-_DESCRIPTOR, _QUERY_TILE, _QUERY_ROWS = 8, 4, 128
-_LINEAR_ROWS, _PEAK_BLOCK = 256, 32
-_CHANGES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,17 +144,17 @@ def _loading_bytes(spec: ModelSpec, size: int) -> int:
 
 
 def _sampling_bytes(spec: ModelSpec, seqs: int) -> int:
-    tiles = -(-spec.vocab_size // _TILE)
-    workspace = seqs * (tiles * (3 + 2 * _LEVELS) + 2 * _CANDIDATES + 1)
-    peaks = min(seqs, _LINEAR_ROWS) * 2 * -(-spec.vocab_size // _PEAK_BLOCK)
+    tiles = -(-spec.vocab_size // SAMPLING_TILE)
+    workspace = seqs * (tiles * (3 + 2 * SAMPLING_LEVELS) + 2 * SAMPLING_CANDIDATES + 1)
+    peaks = min(seqs, MAX_LINEAR_ROWS) * 2 * -(-spec.vocab_size // SMALLEST_PEAK_BLOCK)
     return 4 * (workspace + peaks)
 
 
 def _split_bytes(spec: ModelSpec, limits: StepLimits, seqs: int, target_items: int) -> int:
     widest = max(spec.hidden_size, _qkv_rows(spec), spec.intermediate_size)
-    products = 4 * _LINEAR_ROWS * widest + widest + spec.intermediate_size
+    products = 4 * MAX_LINEAR_ROWS * widest + widest + spec.intermediate_size
     items = max(decode_bucket(limits.max_num_seqs), seqs) + target_items
-    attention = items * (_DESCRIPTOR + spec.num_heads * (spec.head_dim + 2))
+    attention = items * (DESCRIPTOR + spec.num_heads * (spec.head_dim + 2))
     return 4 * (products + attention + seqs * spec.num_kv_heads)
 
 
@@ -158,10 +164,10 @@ def _state_bytes(
     steps = max(2, limits.max_steps_in_flight)
     rows = steps * decode_bucket(limits.max_num_seqs) + 1
     blocks = -(-limits.max_model_len // limits.block_size)
-    arena = rows * (blocks + 12 + _SUPPRESSED)
+    arena = rows * (blocks + 12 + MAX_SUPPRESSED)
     group = 1 << (spec.num_heads // spec.num_kv_heads - 1).bit_length()
-    tile = max(1, _QUERY_ROWS // group)
+    tile = max(1, TILE_ROWS // group)
     tiles = tokens // tile + min(seqs, tokens // 2) + 1
-    inputs = 3 * tokens + 4 * seqs + tiles * _QUERY_TILE + (seqs + target_items) * _DESCRIPTOR
+    inputs = 3 * tokens + 4 * seqs + tiles * TILE + (seqs + target_items) * DESCRIPTOR
     results = 4 * seqs
-    return 4 * (arena + inputs + results + 2 * _CHANGES + 64)
+    return 4 * (arena + inputs + results + 2 * MAX_CHANGES + 64)

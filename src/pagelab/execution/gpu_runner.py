@@ -41,25 +41,22 @@ from pagelab.kernels.linear import Peaks
 from pagelab.kernels.paged_decode import DecodePlan, Projections, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
 from pagelab.kernels.sampling import (
-    MAX_SUPPRESSED,
     SamplingMode,
     SamplingWorkspace,
     sample_tokens,
 )
+from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED
 from pagelab.kernels.step_state import (
     advance,
     begin_decode,
     begin_ragged,
     pick_and_advance,
 )
-from pagelab.kernels.tilings import MAX_ROWS
 from pagelab.kernels.updates import apply_updates
 from pagelab.models.decoder import Decoder
 from pagelab.models.fused_decoder import FusedDecoder
 from pagelab.scheduling.batch import Batch, ScheduledSequence, StepResult
 from pagelab.types import SampledToken, SequenceId, TokenLogprobs
-
-_MAX_CHANGES = 1 << 16  # sent at once
 
 
 @dataclass(slots=True)
@@ -154,7 +151,9 @@ class GpuRunner:
         )
         self._allocate(config)
         self._under_way: list[int] = []  # steps
-        if cuda:
+        if self._stream is not None:
+            # the weights, the cache and all of the above were written on another stream
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
             self._compile_ahead()
 
     def _allocate(self, config: SchedulerConfig) -> None:
@@ -172,8 +171,8 @@ class GpuRunner:
         self._results = empty(3 * seqs, dtype=torch.int32)
         self._each = torch.arange(seqs, dtype=torch.int32, device=self.device)
         self._sampling = SamplingWorkspace(seqs, spec.vocab_size, self.device)
-        self._peaks = Peaks(min(seqs, MAX_ROWS), spec.vocab_size, self.device)
-        self._upload = torch.zeros(2 + 2 * _MAX_CHANGES, dtype=torch.int32, device=self.device)
+        self._peaks = Peaks(min(seqs, MAX_LINEAR_ROWS), spec.vocab_size, self.device)
+        self._upload = torch.zeros(2 + 2 * MAX_CHANGES, dtype=torch.int32, device=self.device)
         largest = RaggedShape(tokens, seqs, self._tile, self._target_items)
         self._ragged = empty(largest.num_words, dtype=torch.int32)
 
@@ -429,10 +428,10 @@ class GpuRunner:
         changes = self.state.take_changes()
         if changes is None:
             return
-        for start in range(0, len(changes), _MAX_CHANGES):
+        for start in range(0, len(changes), MAX_CHANGES):
             if start > 0:  # the step's own kernel applies the last ones
                 apply_updates(self._upload, self.state.arena, self._launch)
-            some = changes[start : start + _MAX_CHANGES]
+            some = changes[start : start + MAX_CHANGES]
             words = self._pinned(2 + some.size)
             array = words.numpy()
             array[0], array[1] = len(some), 0

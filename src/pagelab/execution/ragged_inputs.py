@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagelab.kernels.paged_decode import DESCRIPTOR, cut_items
-from pagelab.kernels.paged_prefill import TILE, cut_tiles
+from pagelab.kernels.paged_decode import cut_items
+from pagelab.kernels.paged_prefill import cut_tiles
+from pagelab.kernels.sizes import DESCRIPTOR, TILE
 from pagelab.scheduling.batch import ScheduledSequence
 
 

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from pagelab.kernels.elementwise import activate
 from pagelab.kernels.launch import Device, prefetch_rows
+from pagelab.kernels.sizes import SMALLEST_PEAK_BLOCK
 
 
 @triton.jit
@@ -286,7 +287,7 @@ class Peaks:
         tokens: int32, their indices.
     """
 
-    SMALLEST_BLOCK = 32
+    SMALLEST_BLOCK = SMALLEST_PEAK_BLOCK
 
     def __init__(self, max_rows: int, num_outputs: int, device: torch.device) -> None:
         size = max_rows * triton.cdiv(num_outputs, self.SMALLEST_BLOCK)

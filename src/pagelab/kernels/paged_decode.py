@@ -25,15 +25,12 @@ import triton
 import triton.language as tl
 
 from pagelab.kernels.launch import Device, begin, prefetch_rows
+from pagelab.kernels.sizes import DESCRIPTOR
 
 LOG2_E = 1.4426950408889634
 
 SHORTEST_ITEM = 256
 """Keys of an item at least: adding parts up costs more than a short context does."""
-
-DESCRIPTOR = 8
-"""Numbers that describe an item: sequence, row of q, row of the block table, first key, one past
-the last key, index in the sequence, items of the sequence, position of the token."""
 
 
 @triton.jit

@@ -15,10 +15,7 @@ import triton
 import triton.language as tl
 
 from pagelab.kernels.launch import Device, begin
-
-TILE = 4
-"""Numbers that describe a tile: row of the block table, first row of q, queries in the tile,
-position of its first query."""
+from pagelab.kernels.sizes import TILE, TILE_ROWS
 
 
 @triton.jit
@@ -201,7 +198,7 @@ def _prefill(
     )
 
 
-def queries_per_tile(num_heads: int, num_kv_heads: int, block_m: int = 128) -> int:
+def queries_per_tile(num_heads: int, num_kv_heads: int, block_m: int = TILE_ROWS) -> int:
     """Queries of one tile: block_m rows hold all the query heads of a K/V head."""
     return max(1, block_m // int(triton.next_power_of_2(num_heads // num_kv_heads)))
 
@@ -218,7 +215,7 @@ def prefill_attention(
     *,
     window: int = 0,
     softcap: float = 0.0,
-    block_m: int = 128,
+    block_m: int = TILE_ROWS,
     block_n: int | None = None,
     num_stages: int | None = None,
     num_warps: int | None = None,

@@ -38,13 +38,13 @@ import triton
 import triton.language as tl
 
 from pagelab.kernels.launch import Device, begin
+from pagelab.kernels.sizes import (
+    MAX_SUPPRESSED,
+    SAMPLING_CANDIDATES,
+    SAMPLING_TILE,
+)
+from pagelab.kernels.sizes import SAMPLING_LEVELS as LEVELS
 from pagelab.types import SamplingParams
-
-MAX_SUPPRESSED = 16
-"""Ids that a row can forbid at most."""
-
-LEVELS = 16
-"""Levels that `_weigh` tells apart; the last one is below every finite logit."""
 
 
 class SamplingMode(IntEnum):
@@ -137,8 +137,8 @@ class SamplingWorkspace:
         vocab_size: int,
         device: torch.device,
         *,
-        tile: int = 2048,
-        candidates: int = 4096,
+        tile: int = SAMPLING_TILE,
+        candidates: int = SAMPLING_CANDIDATES,
         chunk: int = 1024,
     ) -> None:
         self.max_rows, self.vocab_size = max_rows, vocab_size

@@ -7,9 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pagelab.kernels.linear import Tiling
-
-MAX_ROWS = 64
-"""Above this, cuBLAS was ahead everywhere (128 and 256 rows, three models)."""
+from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 
 INVARIANT = Tiling(64, 64, 64, stages=4)
 """Of every product under `--batch-invariant`: an output's sum is made in the same order whatever
@@ -18,7 +16,7 @@ else is in the step."""
 
 def tiling_for(rows: int, n: int, k: int, *, gated: bool, norm: bool) -> Tiling | None:
     """The tiling of an `[rows, k] · [n, k]ᵀ` product, `n` counted before a gate doubles it."""
-    if rows > MAX_ROWS:
+    if rows > MAX_LINEAR_ROWS:
         return None
     big = n * k * (2 if gated else 1) > 12_000_000
     whole = gated or norm  # K is not split
@@ -62,7 +60,7 @@ def _up_to_64(block_m: int, k: int, *, whole: bool, gated: bool, big: bool) -> T
 
 def head_tiling(rows: int, k: int) -> Tiling | None:
     """The same for the output head, whose n is the vocabulary."""
-    if rows > MAX_ROWS:
+    if rows > MAX_LINEAR_ROWS:
         return None
     if rows <= 16:
         return fitted(Tiling(16, 32, 128, stages=4, prefetch=512), k)

@@ -28,8 +28,9 @@ from pagelab.kernels.elementwise import (
 from pagelab.kernels.launch import Device
 from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear
 from pagelab.kernels.paged_decode import Projections
+from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import Embeddings
-from pagelab.kernels.tilings import INVARIANT, MAX_ROWS, fitted, head_tiling, tiling_for
+from pagelab.kernels.tilings import INVARIANT, fitted, head_tiling, tiling_for
 from pagelab.models.decoder import Decoder
 from pagelab.models.layers import Linear, Norm, inverse_frequencies
 
@@ -72,7 +73,7 @@ class FusedDecoder:
         self.dtype = decoder.dtype
         self._invariant = batch_invariant
         # in float32 cuBLAS is ahead: Triton's products in full precision use no matrix units
-        self._max_rows = 0 if decoder.dtype is torch.float32 else MAX_ROWS
+        self._max_rows = 0 if decoder.dtype is torch.float32 else MAX_LINEAR_ROWS
         self.layers = [
             _Layer(
                 qkv=_fold(layer.attention_norm, layer.qkv),
@@ -99,7 +100,7 @@ class FusedDecoder:
         self._inner = spec.intermediate_size
         widest = max(spec.hidden_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._workspace = SplitWorkspace(
-            4 * MAX_ROWS * max(widest, self._inner), widest + self._inner, where
+            4 * MAX_LINEAR_ROWS * max(widest, self._inner), widest + self._inner, where
         )
 
     def forward(
@@ -159,7 +160,7 @@ class FusedDecoder:
 
         None, and nothing done, where that is not the faster way.
         """
-        tiling = None if len(last) > MAX_ROWS else self._head_tiling(x)
+        tiling = None if len(last) > MAX_LINEAR_ROWS else self._head_tiling(x)
         if tiling is None:
             return None
         h = x.new_empty(len(last), x.shape[1])

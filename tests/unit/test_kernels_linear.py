@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.launch import device_of
-from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear
+from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear, within
 from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import SequenceRows, pick_and_advance
 from pagelab.kernels.tilings import head_tiling, tiling_for
@@ -200,3 +200,12 @@ def test_a_tiling_divides_what_it_cuts(rows: int, n: int, k: int, gated: bool, n
         assert tiling.prefetch * tiling.block_n * 2 % (128 * 16) == 0
     whole = tiling_for(rows, n, k, gated=gated, norm=norm)
     assert whole is None or whole.split == 1 or not (gated or norm)
+
+
+def test_a_tiling_keeps_to_the_shared_memory_of_the_card() -> None:
+    wide = Tiling(64, 64, 128, stages=4, warps=8)
+    assert within(wide, 1024, 2, gated=True, shared_bytes=232_448) == wide
+    assert within(wide, 1024, 2, gated=True, shared_bytes=101_376).stages == 2
+    held = Tiling(16, 32, 256, warps=8, resident=True)
+    assert within(held, 1024, 2, gated=False, shared_bytes=101_376) == held
+    assert not within(held, 4096, 2, gated=False, shared_bytes=101_376).resident

@@ -30,11 +30,13 @@ class Device:
     Attributes:
         num_sms: multiprocessors.
         pdl: programmatic dependent launch works here.
+        shared_bytes: shared memory that a program can have.
         compiled: where kernels go that are compiled and not run; None: they run.
     """
 
     num_sms: int
     pdl: bool
+    shared_bytes: int = 1 << 20
     compiled: list[Any] | None = None
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int) -> None:
@@ -54,7 +56,11 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(num_sms=4, pdl=False)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.major >= 9)
+    return Device(
+        properties.multi_processor_count,
+        properties.major >= 9,
+        properties.shared_memory_per_multiprocessor - 1024,  # the system keeps 1 KiB a program
+    )
 
 
 @triton.jit

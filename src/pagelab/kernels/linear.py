@@ -20,7 +20,7 @@ runs, the weight is already on its way into the L2 cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -308,6 +308,19 @@ class SplitWorkspace:
         self.arrived = torch.zeros(max_blocks, dtype=torch.int32, device=device)
 
 
+def within(tiling: Tiling, k: int, element_size: int, *, gated: bool, shared_bytes: int) -> Tiling:
+    """The tiling with as much on its way as fits into a program's shared memory.
+
+    The tilings were measured where a program can have 227 KiB; many cards give 99.
+    """
+    outputs = tiling.block_n * (2 if gated else 1)
+    inputs = tiling.block_m * tiling.block_k
+    if tiling.resident and (outputs * (k // tiling.split) + inputs) * element_size > shared_bytes:
+        tiling = replace(tiling, resident=False)
+    stage = (inputs + outputs * tiling.block_k) * element_size
+    return replace(tiling, stages=max(1, min(tiling.stages, shared_bytes // stage)))
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -337,6 +350,7 @@ def linear(
     """
     rows, k = x.shape
     n = out.shape[1]
+    tiling = within(tiling, k, x.element_size(), gated=gated, shared_bytes=device.shared_bytes)
     assert norm is None or tiling.split == 1, "a part of a row has not its mean square"
     assert not gated or tiling.split == 1
     grid = (triton.cdiv(rows, tiling.block_m), triton.cdiv(n, tiling.block_n), tiling.split)

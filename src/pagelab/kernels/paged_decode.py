@@ -27,8 +27,6 @@ import triton.language as tl
 from pagelab.kernels.launch import Device, begin, prefetch_rows
 from pagelab.kernels.sizes import DESCRIPTOR
 
-LOG2_E = 1.4426950408889634
-
 SHORTEST_ITEM = 256
 """Keys of an item at least: adding parts up costs more than a short context does."""
 

@@ -11,7 +11,7 @@ tokens), attention, output, add + norm, up, activation, down.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from pagelab.kernels.paged_decode import Projections
 from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import Embeddings
 from pagelab.kernels.tilings import INVARIANT, fitted, head_tiling, tiling_for
-from pagelab.models.decoder import Decoder
+from pagelab.models.decoder import Decoder, DecoderLayer
 from pagelab.models.layers import Linear, Norm, inverse_frequencies
 
 Attend = Callable[[int, torch.Tensor, Projections], torch.Tensor]
@@ -83,9 +83,9 @@ class FusedDecoder:
                 up=_fold(layer.mlp_norm, layer.up),
                 down=_product(layer.down),
             )
-            for layer in decoder.layers
+            # one by one, so that weights which are copied are not there twice for all layers
+            for layer in _taken(decoder.layers)
         ]
-        decoder.layers.clear()
         self.head = decoder.head.weight
         where = self.head.device
         rope = spec.positions == "rope"
@@ -242,6 +242,11 @@ class FusedDecoder:
             residual=x,
         )
         return None
+
+
+def _taken(layers: list[DecoderLayer]) -> Iterator[DecoderLayer]:
+    while layers:
+        yield layers.pop(0)
 
 
 def _product(layer: Linear) -> _Product:

@@ -419,7 +419,7 @@ class GpuRunner:
                 if not self._invariant:
                     dry._decode(1, greedy)
             # and load them, each with a launcher of its own that a C compiler builds
-            for _ in pool.map(lambda kernel: kernel.result().run, kernels):
+            for _ in pool.map(_load, kernels):
                 pass
 
     # Transfers
@@ -481,6 +481,12 @@ class GpuRunner:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _load(kernel: Any) -> None:
+    """Load a kernel that was compiled ahead, or by an engine before this one."""
+    compiled = kernel.result() if hasattr(kernel, "result") else kernel
+    compiled.run  # noqa: B018 (a property that loads it)
 
 
 def _read(logprobs: _Logprobs) -> TokenLogprobs:

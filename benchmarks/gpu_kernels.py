@@ -17,9 +17,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from pagelab.kernels.decode_items import DecodePlan
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import FoldedNorm, SplitWorkspace, Tiling, linear
-from pagelab.kernels.paged_decode import DecodePlan, DecodeTiles, decode_attention
+from pagelab.kernels.paged_decode import DecodeTiles, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
 from pagelab.kernels.step_state import Embeddings, SequenceRows, begin_decode
 

@@ -25,6 +25,7 @@ from tests.support.exactness import (
     tokens_of_the_cpu,
     variant_engine,
 )
+from tests.support.gpu_runners import gpu_runner_of
 from tests.support.tiny_models import TINY, tiny_model
 
 pytestmark = [
@@ -45,7 +46,7 @@ def test_greedy_tokens_equal_the_cpus(name: str, variant: str) -> None:
     llm = variant_engine(name, variant, "cuda")
     right, total = equal_tokens(llm, name)
     assert right == total
-    graphs = len(llm.core.runner.graphs)  # type: ignore[attr-defined]
+    graphs = len(gpu_runner_of(llm).graphs)
     assert (graphs > 0) == VARIANTS[variant].get("cuda_graphs", True)
     assert bool(llm.core.scheduler.preemptions) == (variant == PREEMPTING)
     assert llm.core.kv.pool.num_held == 0

@@ -21,6 +21,7 @@ import torch
 from pagelab.engine.llm import LLM
 from pagelab.types import FinishReason, RequestOutput, SamplingParams
 from tests.support.engines import greedy
+from tests.support.gpu_runners import gpu_runner_of
 from tests.support.paged import DEVICE, HALF
 from tests.support.tiny_models import TINY, tiny_model
 
@@ -91,7 +92,7 @@ def test_preemptions_and_prefix_hits_change_nothing() -> None:
 
 def test_parallel_samples_are_those_of_their_seeds_alone_and_in_any_company() -> None:
     llm = engine("qwen2", max_steps_in_flight=3, prefix_caching=False)
-    cache = llm.core.runner.cache  # type: ignore[attr-defined]
+    cache = gpu_runner_of(llm).cache
     copied: list[tuple[int, int]] = []
     copy_blocks = cache.copy_blocks
 
@@ -145,7 +146,7 @@ def test_failures_one_after_the_other_leave_room_for_others(
 ) -> None:
     llm = engine("qwen2", max_num_seqs=1, max_steps_in_flight=1)
     with monkeypatch.context() as broken:
-        broken.setattr(llm.core.runner.decoder, "forward", fail)  # type: ignore[attr-defined]
+        broken.setattr(gpu_runner_of(llm).decoder, "forward", fail)
         failed = llm.generate([[1, 2]] * 5, greedy(2))
     assert {output.outputs[0].error for output in failed} == {"RuntimeError: no memory"}
     (output,) = llm.generate([SHORT], greedy(STEPS))

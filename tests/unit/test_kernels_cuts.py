@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from pagelab.kernels.paged_decode import SHORTEST_ITEM, cut_items
+from pagelab.kernels.decode_items import SHORTEST_ITEM, cut_items
 from pagelab.kernels.paged_prefill import cut_tiles, queries_per_tile
 
 SINGLES = st.lists(

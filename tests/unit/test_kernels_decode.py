@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from pagelab.kernels.decode_items import DecodePlan
 from pagelab.kernels.launch import device_of
-from pagelab.kernels.paged_decode import DecodePlan, Projections, decode_attention
+from pagelab.kernels.paged_decode import Projections, decode_attention
 from pagelab.kernels.sizes import DESCRIPTOR
 from tests.support.paged import DEVICE, HALF, TOLERANCE, Paged, attend, scattered, turned
 

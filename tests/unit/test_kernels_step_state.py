@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from pagelab.kernels.decode_items import DecodePlan, cut_items
 from pagelab.kernels.launch import device_of
-from pagelab.kernels.paged_decode import DecodePlan, cut_items
 from pagelab.kernels.step_state import (
     Embeddings,
     SequenceRows,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from pagelab.attention.base import Span
+from pagelab.kernels.decode_items import DecodePlan, cut_items
 from pagelab.kernels.launch import device_of
-from pagelab.kernels.paged_decode import DecodePlan, cut_items, decode_attention
+from pagelab.kernels.paged_decode import decode_attention
 from pagelab.kernels.paged_prefill import cut_tiles, prefill_attention, queries_per_tile
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

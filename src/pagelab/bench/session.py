@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pagelab.bench.limits import Ceilings, ReferenceTime, reference_time
@@ -181,12 +181,7 @@ def open_session(settings: BenchSettings, stage: Stage) -> Session:
         name = f"warm-up {number + 1} of {settings.warmup}"
         with stage(name, workload.output_tokens) as on_tokens:
             warmups.append(session.run(on_tokens).duration_s)
-    session.startup = Startup(
-        import_s=startup.import_s,
-        construct_s=startup.construct_s,
-        first_token_s=startup.first_token_s,
-        warmup_s=tuple(warmups),
-    )
+    session.startup = replace(startup, warmup_s=tuple(warmups))
     return session
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pagelab.kernels.sampling import SamplingState
-from pagelab.kernels.sizes import MAX_SUPPRESSED
+from pagelab.kernels.sizes import MAX_SUPPRESSED, aligned
 from pagelab.kernels.step_state import SequenceRows
 from pagelab.scheduling.batch import ScheduledSequence
 from pagelab.types import BlockId, SamplingParams, SequenceId
@@ -71,7 +71,7 @@ class DeviceState:
         end = 0
         for name, size in sizes.items():
             self._places[name] = end
-            end += -(-size // 4) * 4  # 16 bytes
+            end += aligned(size)
         self.arena = torch.zeros(end, dtype=torch.int32, device=device)
 
         def part(name: str) -> torch.Tensor:

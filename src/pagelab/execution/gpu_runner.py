@@ -35,17 +35,18 @@ from pagelab.execution.device_state import DeviceState
 from pagelab.execution.kv_cache import KVCache
 from pagelab.execution.oom import in_step
 from pagelab.execution.ragged_inputs import RaggedShape, fill, split
+from pagelab.kernels.decode_items import DecodePlan
 from pagelab.kernels.elementwise import project
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import Peaks
-from pagelab.kernels.paged_decode import DecodePlan, Projections, decode_attention
+from pagelab.kernels.paged_decode import Projections, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
 from pagelab.kernels.sampling import (
     SamplingMode,
     SamplingWorkspace,
     sample_tokens,
 )
-from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED
+from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED, aligned
 from pagelab.kernels.step_state import (
     advance,
     begin_decode,
@@ -445,17 +446,13 @@ class GpuRunner:
         return torch.empty(num_words, dtype=torch.int32, pin_memory=True)
 
     def _results_of(self, num_seqs: int) -> torch.Tensor:
-        """`[3, num_seqs]`: tokens, usable, finite. Each starts at 16 bytes, since kernels are
-        compiled anew for pointers that do not.
-        """
-        stride = -(-num_seqs // 4) * 4
-        return self._results[: 3 * stride].view(3, stride)[:, :num_seqs]
+        """`[3, num_seqs]`: tokens, usable, finite."""
+        return _thirds(self._results, num_seqs)
 
     def _to_host(self, num_seqs: int) -> torch.Tensor:
-        stride = -(-num_seqs // 4) * 4
-        host = self._pinned(3 * stride)
-        host.copy_(self._results[: 3 * stride], non_blocking=True)
-        return host.view(3, stride)[:, :num_seqs]
+        host = self._pinned(3 * aligned(num_seqs))
+        host.copy_(self._results[: len(host)], non_blocking=True)
+        return _thirds(host, num_seqs)
 
     def _add_logprobs(self, step: InFlight) -> None:
         for i, part in enumerate(step.batch.sequences):
@@ -481,6 +478,11 @@ class GpuRunner:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _thirds(words: torch.Tensor, num_seqs: int) -> torch.Tensor:
+    stride = aligned(num_seqs)
+    return words[: 3 * stride].view(3, stride)[:, :num_seqs]
 
 
 def _load(kernel: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, MutableMapping
 from math import prod
 
 import torch
@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from pagelab.models.passed_weights import PassedWeights
 from pagelab.models.spec import ModelSpec
 from pagelab.models.weights import expected_weights
 
@@ -78,30 +79,19 @@ class LoadProgress:
             self._started = True
 
 
-class WatchedWeights(MutableMapping[str, torch.Tensor]):
+class WatchedWeights(PassedWeights):
     """Weights whose taking is told to a `LoadProgress`."""
 
     def __init__(
         self, source: MutableMapping[str, torch.Tensor], progress: LoadProgress, size: int
     ) -> None:
-        self._source, self._progress, self._size = source, progress, size
+        super().__init__(source)
+        self._progress, self._size = progress, size
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._source[name]
+        tensor = super().__getitem__(name)
         self._progress.advance(tensor.numel() * self._size)
         return tensor
-
-    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        self._source[name] = tensor
-
-    def __delitem__(self, name: str) -> None:
-        del self._source[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
 
 
 def loaded_bytes(spec: ModelSpec, size: int) -> int:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from pagelab.kernels.paged_decode import cut_items
+from pagelab.kernels.decode_items import cut_items
 from pagelab.kernels.paged_prefill import cut_tiles
-from pagelab.kernels.sizes import DESCRIPTOR, TILE
+from pagelab.kernels.sizes import DESCRIPTOR, TILE, aligned
 from pagelab.scheduling.batch import ScheduledSequence
 
 
@@ -51,10 +52,10 @@ class RaggedShape:
         """Items at most."""
         return self.seqs + self.target_items
 
-    def parts(self) -> dict[str, int]:
-        """Words of each part, in their order; each starts at a multiple of 4."""
+    def places(self) -> dict[str, slice]:
+        """Where each part lies, in their order."""
         t, s = self.tokens, self.seqs
-        return {
+        sizes = {
             "token_ids": t,
             "token_rows": t,
             "positions": t,
@@ -67,20 +68,18 @@ class RaggedShape:
             "items": self.items * DESCRIPTOR,
             "num_items": 1,
         }
+        starts = accumulate(map(aligned, sizes.values()), initial=0)
+        return {name: slice(at, at + sizes[name]) for name, at in zip(sizes, starts, strict=False)}
 
     @property
     def num_words(self) -> int:
         """Words of all parts."""
-        return sum(-(-size // 4) * 4 for size in self.parts().values())
+        return aligned(max(place.stop for place in self.places().values()))
 
 
 def split(words: torch.Tensor, shape: RaggedShape) -> dict[str, torch.Tensor]:
     """The parts of such an array, as views."""
-    found: dict[str, torch.Tensor] = {}
-    at = 0
-    for name, size in shape.parts().items():
-        found[name] = words[at : at + size]
-        at += -(-size // 4) * 4
+    found = {name: words[place] for name, place in shape.places().items()}
     found["tiles"] = found["tiles"].view(-1, TILE)
     found["items"] = found["items"].view(-1, DESCRIPTOR)
     return found
@@ -94,11 +93,7 @@ def fill(
     scratch: int,
 ) -> None:
     """Write a batch into `words` (int32, `[shape.num_words]`)."""
-    at = 0
-    places: dict[str, np.ndarray] = {}
-    for name, size in shape.parts().items():
-        places[name] = words[at : at + size]
-        at += -(-size // 4) * 4
+    places = {name: words[place] for name, place in shape.places().items()}
     counts = np.array([part.num_tokens for part in parts], np.int32)
     starts = np.array([part.start for part in parts], np.int32)
     own = np.array(rows, np.int32)

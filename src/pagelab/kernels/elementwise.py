@@ -38,6 +38,17 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _with_pending(x, y, bias, at, j, live, ADD: tl.constexpr, ADD_BIAS: tl.constexpr):
+    """A row of the residual stream, and what is still to be added to it, in float32."""
+    row = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    if ADD:
+        row += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
+        if ADD_BIAS:
+            row += tl.load(bias + j, mask=live, other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
 def _add_norm(
     x,
     y,
@@ -57,11 +68,8 @@ def _add_norm(
     live = j < hidden
     at = i * hidden + j
     dtype = x.dtype.element_ty
-    row = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    row = _with_pending(x, y, add_bias, at, j, live, ADD, ADD_BIAS)
     if ADD:
-        row += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
-        if ADD_BIAS:
-            row += tl.load(add_bias + j, mask=live, other=0.0).to(tl.float32)
         rounded = row.to(dtype)
         tl.store(x + at, rounded, mask=live)
         row = rounded.to(tl.float32)
@@ -91,11 +99,7 @@ def _last_norm(
     j = tl.arange(0, BLOCK)
     live = j < hidden
     at = tl.load(last + i).to(tl.int64) * hidden + j
-    row = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-    if ADD:
-        row += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
-        if ADD_BIAS:
-            row += tl.load(add_bias + j, mask=live, other=0.0).to(tl.float32)
+    row = _with_pending(x, y, add_bias, at, j, live, ADD, ADD_BIAS)
     # a NaN or an infinity is the only number whose difference to itself is not 0
     tl.store(finite + i, (tl.sum(tl.where(row - row == 0.0, 0, 1), 0) == 0).to(tl.int32))
     out = normalize(row, j, hidden, eps, LAYER)

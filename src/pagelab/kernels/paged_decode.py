@@ -16,19 +16,15 @@ embedding) and writes k and v into the cache: then this token's own key never go
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from pagelab.kernels.decode_items import DecodePlan
 from pagelab.kernels.launch import Device, begin, prefetch_rows
-from pagelab.kernels.sizes import DESCRIPTOR
-
-SHORTEST_ITEM = 256
-"""Keys of an item at least: adding parts up costs more than a short context does."""
+from pagelab.kernels.softmax import LOG2_E, fold, squash
 
 
 @triton.jit
@@ -90,20 +86,71 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ):
     """Online softmax over one more tile of keys: `k` `[D, N]`, `v` `[N, D]`, base 2."""
-    s = tl.dot(q, k, input_precision=PRECISION) * (scale * 1.4426950408889634)
-    if SOFTCAP > 0:
-        cap: tl.constexpr = SOFTCAP * 1.4426950408889634
-        s = cap * (2 / (1 + tl.exp2(-2 * 1.4426950408889634 * s / cap)) - 1)
+    s = squash(tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2_E), SOFTCAP)
     if WINDOW > 0:
         live = live & (n > position - WINDOW)
     s = tl.where(live[None, :], s, float("-inf"))
-    new = tl.maximum(m, tl.max(s, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet
-    p = tl.exp2(s - safe[:, None])
-    alpha = tl.exp2(m - safe)
-    norm = norm * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return new, norm, acc
+    p, m, norm, acc = fold(s, m, norm, acc, True)
+    return m, norm, acc + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_tile(keys, values, table, n, live, d, D: tl.constexpr, BS: tl.constexpr):
+    """Keys `[D, N]` and values `[N, D]` at the positions `n`, through the block table."""
+    block = tl.load(table + n // BS, mask=live, other=0).to(tl.int64)
+    slot = (block * BS + n % BS) * D
+    inside = d < D
+    k = tl.load(keys + slot[None, :] + d[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+    v = tl.load(
+        values + slot[:, None] + d[None, :], mask=live[:, None] & inside[None, :], other=0.0
+    )
+    return k, v
+
+
+@triton.jit
+def _add_up(
+    partial,
+    partial_ml,
+    part,
+    count,
+    g,
+    d,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A sequence's attention from its parts, `part` `[BLOCK_G]` being the first's rows."""
+    here_g = g < G
+    live = here_g[:, None] & (d < D)[None, :]
+    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    for i in range(0, count, 4):
+        for j in tl.static_range(4):
+            at = partial_ml + (part + (i + j) * STRIDE) * 2
+            mask = here_g & (i + j < count)
+            m = tl.maximum(m, tl.load(at, mask=mask, other=float("-inf"), cache_modifier=".cg"))
+    m = tl.where(here_g, m, 0.0)
+    norm = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    # four parts at a time: their loads do not wait for each other
+    for i in range(0, count, 4):
+        for j in tl.static_range(4):
+            row = part + (i + j) * STRIDE
+            mask = here_g & (i + j < count)
+            at = partial_ml + row * 2
+            m_i = tl.load(at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+            norm_i = tl.load(at + 1, mask=mask, other=0.0, cache_modifier=".cg")
+            acc_i = tl.load(
+                partial + row[:, None] * D + d[None, :],
+                mask=live & (i + j < count),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            weight = tl.exp2(m_i - m)
+            norm += norm_i * weight
+            acc += acc_i * weight[:, None]
+    return acc / norm[:, None]
 
 
 @triton.jit
@@ -179,18 +226,7 @@ def _decode(
     if AHEAD == 2:
         n0 = first + tl.arange(0, BLOCK_N)
         live0 = n0 < end
-        block0 = tl.load(table + n0 // BS, mask=live0, other=0).to(tl.int64)
-        slot0 = (block0 * BS + n0 % BS) * D
-        k0 = tl.load(
-            keys_of_head + slot0[None, :] + d[:, None],
-            mask=live0[None, :] & (d < D)[:, None],
-            other=0.0,
-        )
-        v0 = tl.load(
-            values_of_head + slot0[:, None] + d[None, :],
-            mask=live0[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        k0, v0 = _load_tile(keys_of_head, values_of_head, table, n0, live0, d, D, BS)
     begin(PDL)
     heads = head * G + g
     stride: tl.constexpr = (H + 2 * KH) * D if FUSED else H * D
@@ -240,18 +276,7 @@ def _decode(
     for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         live = n < end
-        block = tl.load(table + n // BS, mask=live, other=0).to(tl.int64)
-        slot = (block * BS + n % BS) * D
-        k = tl.load(
-            keys_of_head + slot[None, :] + d[:, None],
-            mask=live[None, :] & (d < D)[:, None],
-            other=0.0,
-        )
-        v = tl.load(
-            values_of_head + slot[:, None] + d[None, :],
-            mask=live[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        k, v = _load_tile(keys_of_head, values_of_head, table, n, live, d, D, BS)
         m, norm, acc = _attend_tile(
             q, k, v, n, live, position, m, norm, acc, scale, WINDOW, SOFTCAP, PRECISION
         )
@@ -260,10 +285,8 @@ def _decode(
             slot = (own_block * BS + position % BS) * D
             tl.store(keys_of_head + slot + d[None, :], own_k, mask=(d < D)[None, :])
             tl.store(values_of_head + slot + d, own_v, mask=d < D)
-            s = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * (scale * 1.4426950408889634)
-            if SOFTCAP > 0:
-                own_cap: tl.constexpr = SOFTCAP * 1.4426950408889634
-                s = own_cap * (2 / (1 + tl.exp2(-2 * 1.4426950408889634 * s / own_cap)) - 1)
+            s = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), 1) * (scale * LOG2_E)
+            s = squash(s, SOFTCAP)
             new = tl.maximum(m, s)
             p = tl.exp2(s - new)
             alpha = tl.exp2(m - new)
@@ -285,48 +308,10 @@ def _decode(
         if before == count - 1:
             tl.store(counter, 0)  # for the next layer
             part = ((item - index) * KH + head) * G + g
-            m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-            for i in range(0, count, 4):
-                for j in tl.static_range(4):
-                    m = tl.maximum(
-                        m,
-                        tl.load(
-                            partial_ml + (part + (i + j) * (KH * G)) * 2,
-                            mask=(g < G) & (i + j < count),
-                            other=float("-inf"),
-                            cache_modifier=".cg",
-                        ),
-                    )
-            m = tl.where(g < G, m, 0.0)
-            norm = tl.zeros([BLOCK_G], tl.float32)
-            acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            # four parts at a time: their loads do not wait for each other
-            for i in range(0, count, 4):
-                for j in tl.static_range(4):
-                    here = part + (i + j) * (KH * G)
-                    live_part = i + j < count
-                    m_i = tl.load(
-                        partial_ml + here * 2,
-                        mask=(g < G) & live_part,
-                        other=float("-inf"),
-                        cache_modifier=".cg",
-                    )
-                    norm_i = tl.load(
-                        partial_ml + here * 2 + 1,
-                        mask=(g < G) & live_part,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    acc_i = tl.load(
-                        partial + here[:, None] * D + d[None, :],
-                        mask=live_out & live_part,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    weight = tl.exp2(m_i - m)
-                    norm += norm_i * weight
-                    acc += acc_i * weight[:, None]
-            tl.store(to, (acc / norm[:, None]).to(out.dtype.element_ty), mask=live_out)
+            total_out = _add_up(
+                partial, partial_ml, part, count, g, d, D, G, KH * G, BLOCK_G, BLOCK_D
+            )
+            tl.store(to, total_out.to(out.dtype.element_ty), mask=live_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,43 +343,6 @@ def decode_tiles(num_seqs: int, block_d: int, element_size: int) -> DecodeTiles:
     else:
         tiles = DecodeTiles(128, 3 if block_d <= 64 else 2, 4, 1)
     return replace(tiles, block_n=tiles.block_n // 2) if element_size == 4 else tiles
-
-
-class DecodePlan:
-    """Where the items of a step are written, and the workspace of sequences that are split.
-
-    Args:
-        max_seqs: the most sequences of a step.
-        num_heads, num_kv_heads, head_dim: of the model.
-        target_items: items that a step's K/V is cut into, about; more balance better, and cost
-            more adding up.
-        device: where.
-    """
-
-    def __init__(
-        self,
-        max_seqs: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        target_items: int,
-        device: torch.device,
-    ) -> None:
-        self.target_items = target_items
-        self.max_seqs = max_seqs
-        capacity = max_seqs + target_items
-        self.items = torch.zeros(capacity, DESCRIPTOR, dtype=torch.int32, device=device)
-        self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
-        parts = capacity * num_heads
-        self.partial = torch.empty(parts, head_dim, dtype=torch.float32, device=device)
-        self.partial_ml = torch.empty(parts, 2, dtype=torch.float32, device=device)
-        self.arrived = torch.zeros(max_seqs * num_kv_heads, dtype=torch.int32, device=device)
-
-    def over(self, items: torch.Tensor, num_items: torch.Tensor) -> DecodePlan:
-        """The same workspace, with items that come from elsewhere."""
-        plan = copy(self)
-        plan.items, plan.num_items = items, num_items
-        return plan
 
 
 class Projections:
@@ -497,28 +445,3 @@ def decode_attention(
         device.pdl,
         num_warps=tiles.num_warps,
     )
-
-
-def cut_items(
-    seqs: np.ndarray, rows: np.ndarray, first: np.ndarray, positions: np.ndarray, target: int
-) -> np.ndarray:
-    """The items `[n, DESCRIPTOR]` of sequences with one token each, cut as `step_state` does.
-
-    For each sequence: its index, its row of the block table, its row of q, its position; and how
-    many items to cut into, about.
-    """
-    lengths = positions + 1
-    each = max(-(-int(lengths.sum()) // target), SHORTEST_ITEM)
-    each = -(-each // 64) * 64
-    counts = -(-lengths // each)
-    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    out = np.empty((int(counts.sum()), DESCRIPTOR), np.int32)
-    out[:, 0] = np.repeat(seqs, counts)
-    out[:, 1] = np.repeat(first, counts)
-    out[:, 2] = np.repeat(rows, counts)
-    out[:, 3] = index * each
-    out[:, 4] = np.minimum((index + 1) * each, np.repeat(lengths, counts))
-    out[:, 5] = index
-    out[:, 6] = np.repeat(counts, counts)
-    out[:, 7] = np.repeat(positions, counts)
-    return out

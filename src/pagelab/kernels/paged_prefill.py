@@ -16,6 +16,7 @@ import triton.language as tl
 
 from pagelab.kernels.launch import Device, begin
 from pagelab.kernels.sizes import TILE, TILE_ROWS
+from pagelab.kernels.softmax import LOG2_E, fold, squash
 
 
 @triton.jit
@@ -53,24 +54,13 @@ def _walk(
             k = tl.load(keys_of_head + slot[None, :] + d[:, None])
         else:
             k = tl.load(keys_of_head + slot[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-        if SOFTCAP > 0:
-            cap: tl.constexpr = SOFTCAP * 1.4426950408889634
-            s = cap * (2 / (1 + tl.exp2(-2 * 1.4426950408889634 * s / cap)) - 1)
+        s = squash(tl.dot(q, k, input_precision=PRECISION) * scale_log2, SOFTCAP)
         if MASKED:
             seen = n[None, :] <= position[:, None]
             if WINDOW > 0:
                 seen = seen & (n[None, :] > position[:, None] - WINDOW)
             s = tl.where(seen, s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
-        if MASKED:
-            safe = tl.where(new == float("-inf"), 0.0, new)
-        else:
-            safe = new
-        p = tl.exp2(s - safe[:, None])
-        alpha = tl.exp2(m - safe)
-        norm = norm * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
+        p, m, norm, acc = fold(s, m, norm, acc, MASKED)
         if MASKED or D != BLOCK_D:  # slots past the end may hold anything
             v = tl.load(
                 values_of_head + slot[:, None] + d[None, :],
@@ -80,7 +70,6 @@ def _walk(
         else:
             v = tl.load(values_of_head + slot[:, None] + d[None, :])
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        m = new
     return acc, m, norm
 
 
@@ -133,7 +122,7 @@ def _prefill(
     position = start_position + query
     keys_of_head = cache + head.to(tl.int64) * num_blocks * (BS * D)
     values_of_head = cache + (head + KH).to(tl.int64) * num_blocks * (BS * D)
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2_E
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)

@@ -34,3 +34,10 @@ SMALLEST_PEAK_BLOCK = 32
 
 MAX_CHANGES = 1 << 16
 """Changes of the device's state that are sent at once (`updates`)."""
+
+
+def aligned(num_words: int) -> int:
+    """Words (of 4 bytes) rounded up to 16 bytes: kernels are compiled anew for pointers that do not
+    start there.
+    """
+    return -(-num_words // 4) * 4

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pagelab.kernels.decode_items import SHORTEST_ITEM, DecodePlan
 from pagelab.kernels.launch import Device, begin
 from pagelab.kernels.linear import Peaks
-from pagelab.kernels.paged_decode import SHORTEST_ITEM, DecodePlan
 
 
 @triton.jit

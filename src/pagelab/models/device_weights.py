@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import SimpleQueue
@@ -10,13 +10,15 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from pagelab.models.passed_weights import PassedWeights
+
 PIECE_BYTES = 16 << 20
 """What one thread reads and sends at a time."""
 
 _SMALL_BYTES = 1 << 20  # such tensors go over as they are: a norm is not worth two threads
 
 
-class DeviceWeights(MutableMapping[str, torch.Tensor]):
+class DeviceWeights(PassedWeights):
     """A mapping of tensors on the host, each of which arrives on the device when it is taken.
 
     ::
@@ -45,7 +47,8 @@ class DeviceWeights(MutableMapping[str, torch.Tensor]):
         threads: int = 4,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
-        self._source, self._dtype, self._device = source, dtype, device
+        super().__init__(source)
+        self._dtype, self._device = dtype, device
         self._piece_bytes = piece_bytes
         self._cuda = device.type == "cuda"
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pagelab-weights")
@@ -65,22 +68,10 @@ class DeviceWeights(MutableMapping[str, torch.Tensor]):
         self._lanes = SimpleQueue()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._source[name]
+        tensor = super().__getitem__(name)
         if tensor.numel() * max(tensor.element_size(), self._dtype.itemsize) <= _SMALL_BYTES:
             return tensor.to(self._device, self._dtype, copy=True)
         return self._send(tensor)
-
-    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        self._source[name] = tensor
-
-    def __delitem__(self, name: str) -> None:
-        del self._source[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         target = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)

@@ -32,7 +32,7 @@ from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import Embeddings
 from pagelab.kernels.tilings import INVARIANT, fitted, head_tiling, tiling_for
 from pagelab.models.decoder import Decoder, DecoderLayer
-from pagelab.models.layers import Linear, Norm, inverse_frequencies
+from pagelab.models.layers import Linear, Norm
 
 Attend = Callable[[int, torch.Tensor, Projections], torch.Tensor]
 """`attend(layer, qkv, projections)` → `[T, H · D]`: everything from raw projections to attention's
@@ -88,11 +88,10 @@ class FusedDecoder:
         ]
         self.head = decoder.head.weight
         where = self.head.device
-        rope = spec.positions == "rope"
         self.embeddings = Embeddings(
             decoder.embedding,
-            None if rope else decoder.position_embedding,
-            inverse_frequencies(spec).to(where) if rope else None,
+            decoder.position_embedding if decoder.rotary is None else None,
+            None if decoder.rotary is None else decoder.rotary.frequencies,
         )
         final = decoder.final_norm
         self.final_norm = NormWeights(final.weight, final.bias, final.eps, spec.norm == "layernorm")

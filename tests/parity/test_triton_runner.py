@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the GPU's runner needs Triton")
 import torch
 
 from pagelab.engine.llm import LLM
-from pagelab.types import FinishReason, RequestOutput, SamplingParams
+from pagelab.types import BlockId, FinishReason, RequestOutput, SamplingParams
 from tests.support.engines import greedy
 from tests.support.gpu_runners import gpu_runner_of
 from tests.support.paged import DEVICE, HALF
@@ -90,17 +90,19 @@ def test_preemptions_and_prefix_hits_change_nothing() -> None:
     assert llm.core.kv.pool.num_held == 0
 
 
-def test_parallel_samples_are_those_of_their_seeds_alone_and_in_any_company() -> None:
+def test_parallel_samples_are_those_of_their_seeds_alone_and_in_any_company(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     llm = engine("qwen2", max_steps_in_flight=3, prefix_caching=False)
     cache = gpu_runner_of(llm).cache
-    copied: list[tuple[int, int]] = []
+    copied: list[tuple[BlockId, BlockId]] = []
     copy_blocks = cache.copy_blocks
 
-    def noted(copies: Sequence[tuple[int, int]]) -> None:
+    def noted(copies: Sequence[tuple[BlockId, BlockId]]) -> None:
         copied.extend(copies)
         copy_blocks(copies)
 
-    cache.copy_blocks = noted
+    monkeypatch.setattr(cache, "copy_blocks", noted)
     drawn = SamplingParams(max_tokens=STEPS, temperature=1.5, seed=11, n=3, ignore_eos=True)
     forked, other = llm.generate([MIDDLE, SHORT], [drawn, greedy(STEPS)])
     assert other.token_ids == answer("qwen2", SHORT)

@@ -4,7 +4,8 @@
 >>> llm = LLM()                                             # the default model
 >>> llm.generate(["Hello!"], SamplingParams(max_tokens=8))  # doctest: +SKIP
 
-Importing this package does not import torch; `LLM` does, when it is first used.
+Importing this package does not import torch; `LLM` does, when it is first used. `AsyncLLM` leaves
+that to the process in which it runs its engine.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from pagelab.types import (
 )
 
 if TYPE_CHECKING:
+    from pagelab.engine.async_llm import AsyncLLM
     from pagelab.engine.llm import LLM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "FinishReason",
     "PageLabError",
@@ -42,4 +45,8 @@ def __getattr__(name: str) -> Any:
         from pagelab.engine.llm import LLM
 
         return LLM
+    if name == "AsyncLLM":
+        from pagelab.engine.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module 'pagelab' has no attribute {name!r}")

@@ -10,6 +10,10 @@
     │   ├── CorruptModelError    files are broken, incomplete or of the wrong shape
     │   └── UnsupportedModelError     an architecture, option or file type we do not have
     ├── StepError                a step of the engine failed; its requests end with an error
+    ├── EngineError              the engine's process cannot serve
+    │   ├── EngineDeadError      it ended; requests in flight are lost, later ones may work
+    │   └── EngineUnavailableError    it is loading, draining or closed; retry or go elsewhere
+    ├── OverloadedError          the queue is full; retry later
     └── ReportError              a result cannot be read or a report cannot be written
 
 A message says what is wrong, with the figures, and which knob to turn. Bugs are `assert`s.
@@ -54,6 +58,22 @@ class UnsupportedModelError(ModelError):
 
 class StepError(PageLabError, RuntimeError):
     """A step failed; the requests that were in it end with this error."""
+
+
+class EngineError(PageLabError, RuntimeError):
+    """The engine's process cannot serve a request."""
+
+
+class EngineDeadError(EngineError):
+    """The engine's process ended while it had this request."""
+
+
+class EngineUnavailableError(EngineError):
+    """The engine is loading, draining or closed."""
+
+
+class OverloadedError(PageLabError, RuntimeError):
+    """The queue is full: a request was not taken."""
 
 
 class ReportError(PageLabError):

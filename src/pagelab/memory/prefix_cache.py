@@ -56,6 +56,10 @@ class PrefixCache:
         """Whether this block can be found by its content."""
         return block_id in self._hash_of
 
+    def hash_of(self, block_id: BlockId) -> BlockHash | None:
+        """The hash under which this block is found; None if it is not."""
+        return self._hash_of.get(block_id)
+
     def find(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """The blocks of the longest known prefix of this chain."""
         found: list[BlockId] = []

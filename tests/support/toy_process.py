@@ -1,0 +1,91 @@
+"""A toy engine in a process of its own: starts in a quarter of a second, and fails on demand."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from pagelab.config import MemoryConfig, SchedulerConfig
+from pagelab.engine.async_llm import AsyncLLM, Launch
+from pagelab.engine.core import EngineCore
+from pagelab.engine.messages import EngineInfo
+from pagelab.errors import ConfigError
+from pagelab.models.tokenizer import Tokenizer
+from pagelab.scheduling.batch import Batch, StepResult
+from tests.support.toy_runner import ToyRunner
+
+VOCAB = 258  # 256 bytes and two special tokens: `tiny_models.byte_tokenizer`
+POISON, POISON_ALL, DEADLY = 250, 251, 252  # first tokens that fail a sequence, a step, a process
+
+
+class SlowToyRunner(ToyRunner):
+    """A step takes `step_s` seconds; poisonous prompts fail as their names say."""
+
+    def __init__(self, num_blocks: int, block_size: int, step_s: float) -> None:
+        super().__init__(num_blocks, block_size, VOCAB)
+        self.step_s = step_s
+
+    def submit(self, batch: Batch) -> Batch:
+        self.batches.clear()  # a server runs for long
+        return super().submit(batch)
+
+    def collect(self, handle: Batch) -> StepResult:
+        time.sleep(self.step_s)
+        for part in handle.sequences:
+            first = part.token_ids[0] if part.start == 0 else None
+            if first == POISON:
+                self.fail_sequences.add(part.sequence_id)
+            if first == POISON_ALL:
+                raise RuntimeError("toy failure")
+            if first == DEADLY:
+                os.abort()
+        return super().collect(handle)
+
+
+def make(
+    num_blocks: int = 256,
+    block_size: int = 4,
+    step_s: float = 0.0,
+    max_model_len: int = 512,
+    max_num_seqs: int = 64,
+    error: str = "",
+) -> tuple[EngineCore, EngineInfo]:
+    """The factory that `engine.worker` calls."""
+    if error:
+        raise ConfigError(error)
+    memory = MemoryConfig(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        check_invariants=True,
+    )
+    scheduling = SchedulerConfig(max_num_batched_tokens=256, max_num_seqs=max_num_seqs)
+    runner = SlowToyRunner(num_blocks, block_size, step_s)
+    core = EngineCore(runner, memory, scheduling, vocab_size=VOCAB, eos_token_ids=(257,))
+    return core, EngineInfo(
+        "toy", os.getpid(), max_model_len, VOCAB, num_blocks, block_size, 64, max_num_seqs, 256,
+        "paged", True, "cpu", "float32", 0.0,
+    )  # fmt: skip
+
+
+def toy_tokenizer() -> Tokenizer:
+    """A byte a token."""
+    from tests.support.tiny_models import CHAT_TEMPLATE, byte_tokenizer
+
+    return Tokenizer(
+        byte_tokenizer(),
+        eos_token_ids=(257,),
+        special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def toy_launch(**options: Any) -> Launch:
+    """An engine of `make`, with a byte a token."""
+    return Launch("tests.support.toy_process:make", options, toy_tokenizer)
+
+
+def toy_llm(*, max_waiting: int = 2048, **options: Any) -> AsyncLLM:
+    """An `AsyncLLM` over it."""
+    return AsyncLLM(max_waiting=max_waiting, launch=toy_launch(**options))

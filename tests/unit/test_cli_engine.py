@@ -35,7 +35,7 @@ def test_every_option_is_a_keyword_of_the_engine_and_a_field_of_a_benchmark() ->
     keywords = set(inspect.signature(LLM.__init__).parameters)
     assert set(ENGINE_NAMES) <= keywords
     assert set(ENGINE_NAMES) <= set(EngineChoice.__dataclass_fields__)
-    for command in ("generate", "bench throughput", "bench latency"):
+    for command in ("generate", "serve", "bench throughput", "bench latency"):
         text = pagelab(*command.split(), "--help").output
         for name in ENGINE_NAMES:
             assert f"--{name.replace('_', '-')}" in text

@@ -17,6 +17,7 @@ from pagelab.cli.compare import compare, report
 from pagelab.cli.generate import generate
 from pagelab.cli.plan import plan
 from pagelab.cli.reproduce import reproduce
+from pagelab.cli.serve import serve
 from pagelab.cli.simulate import simulate
 from pagelab.errors import PageLabError
 
@@ -43,5 +44,16 @@ def main(debug: bool) -> None:
     """PageLab: a PagedAttention engine that you can measure."""
 
 
-for command in (check, bench, calibrate, generate, compare, plan, report, reproduce, simulate):
+for command in (
+    check,
+    bench,
+    calibrate,
+    generate,
+    compare,
+    plan,
+    report,
+    reproduce,
+    serve,
+    simulate,
+):
     main.add_command(command)

@@ -12,15 +12,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagelab.errors import CorruptModelError, RequestError
 
-Message = Mapping[str, str]
-"""`{"role": "user", "content": "…"}`."""
+Message = Mapping[str, Any]
+"""`{"role": "user", "content": "…"}`; an assistant's may have `tool_calls` and no content."""
 
 
 class ChatTemplate:
@@ -42,21 +42,31 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._special_tokens = dict(special_tokens)
+        self.knows_tools = "tools" in meta.find_undeclared_variables(_parsed(environment, source))
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise CorruptModelError(f"the model's chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text of a conversation.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The text of a conversation. `tools` describe functions, as in OpenAI's API.
 
         Raises:
             RequestError: a message is malformed, or the template refuses the conversation.
         """
         if not messages:
             raise RequestError("there are no messages: give at least one")
+        if tools and not self.knows_tools:
+            raise RequestError("this model's chat template knows no tools: leave them out")
         for message in messages:
-            for key in ("role", "content"):
+            calls = isinstance(message, Mapping) and message.get("tool_calls")
+            for key in ("role",) if calls else ("role", "content"):
                 if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                     raise RequestError(f"a message needs a text as its {key!r}: {message!r}")
         try:
@@ -64,11 +74,18 @@ class ChatTemplate:
                 self._special_tokens,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=None if tools is None else [dict(tool) for tool in tools],
                 documents=None,
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
+
+
+def _parsed(environment: ImmutableSandboxedEnvironment, source: str) -> nodes.Template:
+    try:
+        return environment.parse(source)
+    except TemplateSyntaxError as error:
+        raise CorruptModelError(f"the model's chat template is broken: {error}") from error
 
 
 class _Generation(Extension):

@@ -5,7 +5,11 @@ transformers is not imported: that takes 2.5 s here, and a tokenizer file is rea
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import tokenizers
 
@@ -72,6 +76,26 @@ class Tokenizer:
         """The text of token ids; ids beyond the vocabulary are nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; none for ids beyond the vocabulary.
+
+        A token may end inside a character, so this is exact where `decode` gives U+FFFD.
+        """
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)) is not None:
+            return bytes([int(byte[1], 16)])
+        if "\u2581" in piece:  # SentencePiece's space, which `decode` drops at the beginning
+            return str(piece).replace("\u2581", " ").encode()
+        text = self.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return text.encode()
+        letters = _letter_bytes()
+        if all(letter in letters for letter in piece):
+            return bytes(letters[letter] for letter in piece)
+        return text.encode()
+
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True
     ) -> list[int]:
@@ -84,17 +108,33 @@ class Tokenizer:
         text = self.render_chat(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)  # the template wrote them itself
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text that `apply_chat_template` encodes; raises the same errors."""
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The text that `apply_chat_template` encodes; raises the same errors.
+
+        `tools` are descriptions of functions, for templates that know them.
+        """
         if self._chat_source is None:
             raise RequestError("the model has no chat template: give a prompt instead")
         if self._chat is None:
             self._chat = ChatTemplate(self._chat_source, self._special_tokens)
-        return self._chat.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """Decodes one sequence's tokens as they come."""
         return DecodeStream(self, skip_special_tokens)
+
+
+@cache
+def _letter_bytes() -> dict[str, int]:
+    """Byte-level BPE's letter of each byte: printable ones are themselves, the rest from U+0100."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
 class DecodeStream:

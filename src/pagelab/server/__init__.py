@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server and its live page map. Needs the extra `server`."""

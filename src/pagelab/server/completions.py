@@ -1,0 +1,139 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from pagelab.engine.async_llm import Prompt
+from pagelab.engine.request_stream import CompletionDelta
+from pagelab.server.documents import COMPLETION_RESPONSES
+from pagelab.server.errors import of_exception
+from pagelab.server.logprobs import CompletionLogprobs
+from pagelab.server.parameters import to_sampling_params
+from pagelab.server.schemas import CompletionRequest
+from pagelab.server.service import Generation, Service
+from pagelab.server.sse import DONE, EventStream, answer, event
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", responses=COMPLETION_RESPONSES)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue prompts."""
+    service: Service = request.app.state.service
+    limit = service.settings.limits.timeout_s
+    deadline = time.monotonic() + limit
+    service.check_ready()
+    service.check_model(body.model)
+    params = to_sampling_params(body)
+    work = service.begin(
+        _prompts(body),
+        params,
+        priority=body.priority or 0,
+        add_special_tokens=body.add_special_tokens,
+    )
+    generation = await answer(request, work, limit)
+    reply = _Reply(service, generation, body)
+    if body.stream:
+        return EventStream(reply.events(), deadline - time.monotonic())
+    try:
+        return await answer(request, reply.whole(), deadline - time.monotonic())
+    finally:
+        generation.close()
+
+
+def _prompts(body: CompletionRequest) -> list[Prompt]:
+    """A text, a list of texts, one list of token ids, or a list of such."""
+    prompt: Any = body.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return list(prompt)
+
+
+class _Reply:
+    """One completion, whole or as events."""
+
+    def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
+        self._generation = generation
+        self._body = body
+        n = body.n or 1
+        tokenizer = service.llm.tokenizer if service.llm.has_tokenizer else None
+        self._echoes = [""] * (n * len(generation.streams))
+        if body.echo and tokenizer is not None:
+            for i, stream in enumerate(generation.streams):
+                given = _prompts(body)[i]
+                text = (
+                    given if isinstance(given, str) else tokenizer.decode(stream.prompt_token_ids)
+                )
+                self._echoes[i * n : (i + 1) * n] = [text] * n
+        self._logprobs: list[CompletionLogprobs] | None = None
+        if body.logprobs is not None:
+            self._logprobs = [
+                CompletionLogprobs(service.llm.tokenizer, len(echo), body.logprobs)
+                for echo in self._echoes
+            ]
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    async def whole(self) -> JSONResponse:
+        """Everything at once."""
+        deltas: list[list[CompletionDelta]] = [[] for _ in self._echoes]
+        async for number, delta in self._generation.deltas():
+            deltas[number].append(delta)
+        choices = [
+            {
+                "index": number,
+                "text": echo + "".join(delta.text for delta in deltas[number]),
+                "logprobs": None
+                if self._logprobs is None
+                else self._logprobs[number].take(
+                    [token for delta in deltas[number] for token in delta.token_ids],
+                    [entry for delta in deltas[number] for entry in delta.logprobs],
+                ),
+                "finish_reason": deltas[number][-1].finish_reason,
+            }
+            for number, echo in enumerate(self._echoes)
+        ]
+        return JSONResponse({**self._head, "choices": choices, "usage": self._generation.usage()})
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """A chunk a delta, then `[DONE]`."""
+        options = self._body.stream_options
+        with_usage = options is not None and options.include_usage
+        usage = {"usage": None} if with_usage else {}
+        try:
+            if self._body.echo:
+                for number, echo in enumerate(self._echoes):
+                    yield event({**self._head, "choices": [_choice(number, echo)], **usage})
+            async for number, delta in self._generation.deltas():
+                choice = _choice(number, delta.text)
+                if self._logprobs is not None:
+                    choice["logprobs"] = self._logprobs[number].take(
+                        delta.token_ids, delta.logprobs
+                    )
+                elif not delta.text and delta.finish_reason is None:
+                    continue  # a character is not complete yet
+                choice["finish_reason"] = delta.finish_reason
+                yield event({**self._head, "choices": [choice], **usage})
+            if with_usage:
+                yield event({**self._head, "choices": [], "usage": self._generation.usage()})
+            yield DONE
+        except Exception as error:
+            yield event(of_exception(error).body())
+        finally:
+            self._generation.close()
+
+
+def _choice(number: int, text: str) -> dict[str, Any]:
+    return {"index": number, "text": text, "logprobs": None, "finish_reason": None}

@@ -127,7 +127,7 @@ def test_tools_need_a_template_that_knows_them(server: RunningServer) -> None:
 def test_a_key_is_needed_where_one_is_set() -> None:
     with running(ServerSettings(api_keys=("secret", "other"))) as server:
         for given in (None, "Bearer secre", "secret", "Basic secret", "Bearer sécret"):
-            headers = {} if given is None else {"Authorization": given}
+            headers: dict[str, str] = {} if given is None else {"Authorization": given}
             status, found, answer = call(server, "GET", "/v1/models", headers=headers)
             assert status == 401
             assert answer["error"]["code"] == "invalid_api_key"

@@ -43,7 +43,8 @@ class RunningServer:
 
     def stop(self) -> None:
         """End the server and its engine."""
-        self.app.state.service.page_map.close()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.app.state.service.page_map.close)
         self._server.should_exit = True
         self._thread.join(timeout=20)
         assert not self._thread.is_alive()

@@ -1,4 +1,4 @@
-"""`pagelab bench throughput` and `pagelab bench latency`."""
+"""`pagelab bench throughput`, `pagelab bench latency` and `pagelab bench serve`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pagelab.cli.options import (
 if TYPE_CHECKING:
     from pagelab.bench.record import Record
     from pagelab.bench.settings import BenchSettings
+    from pagelab.results import Objectives
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -70,6 +71,12 @@ def _run_options(command: F) -> F:
     )
 
 
+def _objectives(_: click.Context, __: click.Parameter, value: str) -> Objectives:
+    from pagelab.lab.settings import parse_objectives
+
+    return parse_objectives(value)
+
+
 @click.group()
 def bench() -> None:
     """Measure speed and waiting times, against what this machine could do."""
@@ -101,6 +108,81 @@ def latency(**options: Any) -> None:
     from pagelab.bench.latency import bench_latency
 
     _run(bench_latency, options)
+
+
+@bench.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Of the server.")
+@click.option("--api-key", envvar="PAGELAB_API_KEY", metavar="KEY", help="For it.")
+@click.option("--model", metavar="NAME", help="To ask for.  [default: the server's first]")
+@click.option(
+    "--tokenizer",
+    metavar="NAME",
+    help="Prompts are counted in its tokens: a folder, a .gguf file or a hub id.  [default: the "
+    "default model's]",
+)
+@click.option("--send-ids", is_flag=True, help="Send prompts as token ids, exact in length.")
+@click.option("--chat", is_flag=True, help="Use /v1/chat/completions.")
+@click.option(
+    "--workload",
+    default="uniform:in=16..256,out=16..128,n=64",
+    show_default=True,
+    metavar="SPEC",
+    help="What `pagelab compare --workload` takes.",
+)
+@click.option("--requests", "num_requests", type=int, help="How many of it.")
+@click.option(
+    "--rate",
+    metavar="RATE",
+    help="Open loop: 4 or poisson:4 (requests a second), gamma:4,cv=2, trace, trace:2, burst.  "
+    "[default: the workload's own times]",
+)
+@click.option("--concurrency", type=int, help="Closed loop: so many at a time.")
+@click.option("--warmup", default=2, show_default=True, help="Requests that are not counted.")
+@click.option(
+    "--ignore-eos/--no-ignore-eos",
+    default=True,
+    show_default=True,
+    help="Have every token generated (a field that PageLab and vLLM know; others may refuse it).",
+)
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True, help="Of lengths, arrivals, intervals.")
+@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Of one request.")
+@click.option(
+    "--objective",
+    "objectives",
+    callback=_objectives,
+    default="ttft=2,tpot=0.2",
+    show_default=True,
+    help="What goodput counts, of ttft, tpot and e2e, in seconds.",
+)
+@click.option(
+    "--offline",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A record of `pagelab bench throughput --json`: how far is the server behind it?",
+)
+@click.option("--json", "json_path", type=_FILE, help="Write everything here.")
+def serve(**options: Any) -> None:
+    """Load on an OpenAI-compatible server: TTFT, ITL, TPOT and goodput with their confidence."""
+    from rich.console import Console
+
+    from pagelab.bench.record import check_paths
+    from pagelab.bench.serve import ServeBench, bench_serve, save, table
+
+    json_path = options.pop("json_path")
+    check_paths(json_path)
+    settings = ServeBench(**options)
+    console = Console(stderr=True)
+    with console.status("warming up") as status:
+        record = bench_serve(
+            settings,
+            command_line(),
+            lambda ended, of, _: status.update(f"{ended} of {of} requests have ended"),
+        )
+    click.echo(table(record))
+    if json_path is not None:
+        save(record, json_path)
+    if record["num_failed"]:
+        raise click.exceptions.Exit(1)
 
 
 def _run(bench: Callable[[BenchSettings, Any, str], Record], options: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ from pagelab.kernels.decode_items import DecodePlan
 from pagelab.kernels.elementwise import project
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import Peaks
+from pagelab.kernels.mailbox import Mailbox
 from pagelab.kernels.paged_decode import Projections, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
 from pagelab.kernels.sampling import (
@@ -46,7 +47,7 @@ from pagelab.kernels.sampling import (
     SamplingWorkspace,
     sample_tokens,
 )
-from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED, aligned
+from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED
 from pagelab.kernels.step_state import (
     advance,
     begin_decode,
@@ -65,8 +66,7 @@ class InFlight:
     """A step that was submitted."""
 
     batch: Batch
-    num_seqs: int  # with padding
-    results: torch.Tensor  # [3, num_seqs] int32: tokens, usable, finite
+    results: torch.Tensor  # [3, S] int32: tokens, usable, finite; S with padding
     done: torch.cuda.Event | None
     logprobs: dict[SequenceId, _Logprobs] = field(default_factory=dict)
 
@@ -169,7 +169,8 @@ class GpuRunner:
         self._cos = empty(tokens, half, dtype=torch.float32)
         self._sin = empty(tokens, half, dtype=torch.float32)
         self._logits = empty(seqs, spec.vocab_size, dtype=torch.float32)
-        self._results = empty(3 * seqs, dtype=torch.int32)
+        self._results = empty(3, seqs, dtype=torch.int32)
+        self._mailbox = Mailbox(max(2, config.max_steps_in_flight), seqs, self.device)
         self._each = torch.arange(seqs, dtype=torch.int32, device=self.device)
         self._sampling = SamplingWorkspace(seqs, spec.vocab_size, self.device)
         self._peaks = Peaks(min(seqs, MAX_LINEAR_ROWS), spec.vocab_size, self.device)
@@ -185,6 +186,7 @@ class GpuRunner:
             return self._submit(batch)
         except BaseException:
             self.state.forget_order()
+            self._mailbox.lose()
             raise
 
     def _submit(self, batch: Batch) -> InFlight:
@@ -197,10 +199,10 @@ class GpuRunner:
             rows = [state.row(part, step, collected).index for part in parts]
             how = self._sampling_of(parts)
             if not self._invariant and all(part.num_tokens == 1 and part.samples for part in parts):
-                num_seqs = self._submit_decode(rows, how)
+                results = self._submit_decode(rows, how)
             else:
-                num_seqs = self._submit_ragged(rows, parts, how)
-            in_flight = InFlight(batch, num_seqs, self._to_host(num_seqs), None)
+                results = self._submit_ragged(rows, parts, how)
+            in_flight = InFlight(batch, results, None)
             if how.logprobs:
                 self._add_logprobs(in_flight)
             in_flight.done = self._record()
@@ -243,19 +245,20 @@ class GpuRunner:
 
     # Two forms of a step
 
-    def _submit_decode(self, rows: list[int], how: _Sampling) -> int:
+    def _submit_decode(self, rows: list[int], how: _Sampling) -> torch.Tensor:
         """Every sequence brings one token, and the device knows it."""
         seqs = decode_bucket(len(rows))
         self.state.set_order(rows)
         self._send_changes()
+        results = self._mailbox.open(seqs)
         self._run(("decode", seqs, how.mode, how.plain), partial(self._decode, seqs, how), how)
-        return seqs
+        return results
 
     def _decode(self, seqs: int, how: _Sampling) -> None:
         order, x = self.state.order[:seqs], self._x[:seqs]
         cos, sin, plan = self._cos[:seqs], self._sin[:seqs], self._plan
         spec, tables = self.decoder.spec, self.state.rows.block_tables
-        apply_updates(self._upload, self.state.arena, self._launch)
+        apply_updates(self._upload, self.state.arena, self._launch, self._mailbox)
         begin_decode(
             order, self.state.rows, self.decoder.embeddings, x, cos, sin, plan, self._launch
         )
@@ -276,7 +279,8 @@ class GpuRunner:
             return out.flatten(1)
 
         pending = self.decoder.forward(x, cos, sin, attend)
-        tokens, usable, finite = self._results_of(seqs)
+        results = self._results_of(seqs)
+        finite = results[2]
         if how.plain:
             blocks = self.decoder.peaks(x, pending, self._each[:seqs], finite, self._peaks)
             if blocks is not None:
@@ -285,19 +289,19 @@ class GpuRunner:
                     blocks,
                     order,
                     self.state.rows,
-                    tokens,
-                    usable,
+                    results,
                     self._upload,
+                    self._mailbox,
                     self._launch,
                 )
                 return
         self.decoder.logits(x, pending, self._each[:seqs], finite, self._logits[:seqs])
         self._sample(order, how)
-        advance(order, tokens, self.state.rows, self._upload, self._launch)
+        advance(order, results, self.state.rows, self._upload, self._mailbox, self._launch)
 
     def _submit_ragged(
         self, rows: list[int], parts: tuple[ScheduledSequence, ...], how: _Sampling
-    ) -> int:
+    ) -> torch.Tensor:
         """Sequences bring any number of tokens."""
         tokens = sum(part.num_tokens for part in parts)
         large = tokens > MAX_GRAPH_TOKENS
@@ -314,8 +318,9 @@ class GpuRunner:
         self._send_changes()
         singles = not self._invariant and any(part.num_tokens == 1 for part in parts)
         work = partial(self._run_ragged, shape, singles, how)
+        results = self._mailbox.open(shape.seqs)
         self._run(None if large else ("ragged", shape, singles, how.mode), work, how)
-        return shape.seqs
+        return results
 
     def _run_ragged(self, shape: RaggedShape, singles: bool, how: _Sampling) -> None:
         tokens, seqs = shape.tokens, shape.seqs
@@ -324,7 +329,7 @@ class GpuRunner:
         plan = self._plan.over(inputs["items"], inputs["num_items"])
         spec, tables = self.decoder.spec, self.state.rows.block_tables
         rows, positions = inputs["token_rows"], inputs["positions"]
-        apply_updates(self._upload, self.state.arena, self._launch)
+        apply_updates(self._upload, self.state.arena, self._launch, self._mailbox)
         begin_ragged(
             inputs["token_ids"],
             rows,
@@ -359,14 +364,15 @@ class GpuRunner:
             return out.flatten(1)
 
         pending = self.decoder.forward(x, cos, sin, attend)
-        tokens_out, _, finite = self._results_of(seqs)
-        self.decoder.logits(x, pending, inputs["last"], finite, self._logits[:seqs])
+        results = self._results_of(seqs)
+        self.decoder.logits(x, pending, inputs["last"], results[2], self._logits[:seqs])
         self._sample(inputs["order"], how)
         advance(
             inputs["order"],
-            tokens_out,
+            results,
             self.state.rows,
             self._upload,
+            self._mailbox,
             self._launch,
             samples=inputs["samples"],
             counts=inputs["counts"],
@@ -447,12 +453,7 @@ class GpuRunner:
 
     def _results_of(self, num_seqs: int) -> torch.Tensor:
         """`[3, num_seqs]`: tokens, usable, finite."""
-        return _thirds(self._results, num_seqs)
-
-    def _to_host(self, num_seqs: int) -> torch.Tensor:
-        host = self._pinned(3 * aligned(num_seqs))
-        host.copy_(self._results[: len(host)], non_blocking=True)
-        return _thirds(host, num_seqs)
+        return self._results[:, :num_seqs]
 
     def _add_logprobs(self, step: InFlight) -> None:
         for i, part in enumerate(step.batch.sequences):
@@ -461,7 +462,7 @@ class GpuRunner:
                 continue
             logprobs = self._logits[i].log_softmax(dim=-1)
             top = logprobs.topk(min(count, len(logprobs)))
-            chosen = logprobs[self._results[i].long()[None]]
+            chosen = logprobs[self._results[0, i].long()[None]]
             step.logprobs[part.sequence_id] = _Logprobs(
                 count,
                 chosen.to("cpu", non_blocking=True),
@@ -478,11 +479,6 @@ class GpuRunner:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-
-def _thirds(words: torch.Tensor, num_seqs: int) -> torch.Tensor:
-    stride = aligned(num_seqs)
-    return words[: 3 * stride].view(3, stride)[:, :num_seqs]
 
 
 def _load(kernel: Any) -> None:

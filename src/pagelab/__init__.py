@@ -16,6 +16,7 @@ from pagelab.errors import PageLabError
 from pagelab.types import (
     CompletionOutput,
     FinishReason,
+    GuidedDecoding,
     RequestMetrics,
     RequestOutput,
     SamplingParams,
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "FinishReason",
+    "GuidedDecoding",
     "PageLabError",
     "RequestMetrics",
     "RequestOutput",

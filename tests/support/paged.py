@@ -22,6 +22,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of results that are near 1, by the dtype that they are computed in."""
 
 
+def synchronize() -> None:
+    """Wait for the GPU, where the host is to read what a kernel wrote into its memory."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 @dataclass
 class Paged:
     """K/V of several sequences: `keys[i]`, `values[i]` `[KH, length, D]` lie in the cache."""

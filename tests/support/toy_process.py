@@ -10,9 +10,11 @@ from pagelab.config import MemoryConfig, SchedulerConfig
 from pagelab.engine.async_llm import AsyncLLM, Launch
 from pagelab.engine.core import EngineCore
 from pagelab.engine.messages import EngineInfo
+from pagelab.engine.worker import Loaded
 from pagelab.errors import ConfigError
 from pagelab.models.tokenizer import Tokenizer
 from pagelab.scheduling.batch import Batch, StepResult
+from pagelab.types import SampledToken, TokenLogprobs
 from tests.support.toy_runner import ToyRunner
 
 VOCAB = 258  # 256 bytes and two special tokens: `tiny_models.byte_tokenizer`
@@ -40,7 +42,30 @@ class SlowToyRunner(ToyRunner):
                 raise RuntimeError("toy failure")
             if first == DEADLY:
                 os.abort()
-        return super().collect(handle)
+        result = super().collect(handle)
+        parts = {part.sequence_id: part for part in handle.sequences}
+        sampled = {
+            key: SampledToken(token, _logprobs(token, parts[key].params.logprobs))
+            for key, (token, _) in result.sampled.items()
+        }
+        prompts = {
+            part.sequence_id: tuple(
+                found
+                for token in part.logits.targets
+                if (found := _logprobs(token, part.params.prompt_logprobs)) is not None
+            )
+            for part in handle.sequences
+            if part.logits is not None and part.logits.targets
+        }
+        return StepResult(result.step, sampled, result.errors, prompts)
+
+
+def _logprobs(token: int, top: int | None) -> TokenLogprobs | None:
+    """The token and its successors, each half as probable."""
+    if top is None:
+        return None
+    others = tuple(((token + i) % VOCAB, -0.5 - 0.7 * i) for i in range(top))
+    return TokenLogprobs(-0.5, others)
 
 
 def make(
@@ -50,7 +75,7 @@ def make(
     max_model_len: int = 512,
     max_num_seqs: int = 64,
     error: str = "",
-) -> tuple[EngineCore, EngineInfo]:
+) -> Loaded:
     """The factory that `engine.worker` calls."""
     if error:
         raise ConfigError(error)
@@ -66,7 +91,7 @@ def make(
     return core, EngineInfo(
         "toy", os.getpid(), max_model_len, VOCAB, num_blocks, block_size, 64, max_num_seqs, 256,
         "paged", True, "cpu", "float32", 0.0,
-    )  # fmt: skip
+    ), None  # fmt: skip
 
 
 def toy_tokenizer() -> Tokenizer:

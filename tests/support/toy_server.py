@@ -84,6 +84,13 @@ def running(settings: ServerSettings | None = None, **options: Any) -> Iterator[
     """A server over the toy engine; options are those of `toy_process.make`."""
     settings = settings or ServerSettings(show_text=True)
     llm = toy_llm(max_waiting=settings.limits.max_waiting, **options)
+    with serving(llm, settings) as server:
+        yield server
+
+
+@contextmanager
+def serving(llm: AsyncLLM, settings: ServerSettings) -> Iterator[RunningServer]:
+    """A server over any engine."""
     server = RunningServer(llm, settings)
     server.start()
     try:

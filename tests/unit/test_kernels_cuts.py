@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from pagelab.kernels.decode_items import SHORTEST_ITEM, cut_items
+from pagelab.kernels.decode_items import cut_items, shortest_item
 from pagelab.kernels.paged_prefill import cut_tiles, queries_per_tile
 
 SINGLES = st.lists(
@@ -25,7 +25,8 @@ def test_items_cover_every_key_once(singles: list[tuple[int, int, int]], target:
     items = cut_items(seqs, rows, first, positions, target)
     assert items.dtype == np.int32
     assert len(items) <= len(singles) + target, "there is room for no more"
-    longest = max(SHORTEST_ITEM, -(-int((positions + 1).sum()) // target)) + 63
+    shortest = shortest_item(len(singles), target)
+    longest = max(shortest, -(-int((positions + 1).sum()) // target)) + 63
     at = 0
     for i, (row, q_row, position) in enumerate(singles):
         count, covered = int(items[at, 6]), list[int]()
@@ -38,6 +39,8 @@ def test_items_cover_every_key_once(singles: list[tuple[int, int, int]], target:
             assert 0 < stop - start <= longest
             covered += range(start, stop)
             at += 1
+        lengths = np.diff(items[at - count : at, 3:5]).ravel()
+        assert lengths[-1] > lengths[0] - 32 * count, "a sequence's items are about equal"
         assert covered == list(range(position + 1))
     assert at == len(items)
 

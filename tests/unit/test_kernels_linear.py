@@ -15,10 +15,12 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear, within
+from pagelab.kernels.mailbox import Mailbox
 from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import SequenceRows, pick_and_advance
 from pagelab.kernels.tilings import head_tiling, tiling_for
-from tests.support.paged import DEVICE, HALF, TOLERANCE
+from pagelab.kernels.updates import apply_updates
+from tests.support.paged import DEVICE, HALF, TOLERANCE, synchronize
 
 EPS = 1e-5
 PLAIN = Tiling(16, 16, 32)
@@ -161,17 +163,23 @@ def test_greedy_choices_come_from_the_peaks_of_blocks(tiling: Tiling) -> None:
     state = SequenceRows(columns[0], columns[1], columns[2], tables)
     want = [column.tolist() for column in columns]
     order = [6, 0, 2, 5, scratch]
-    tokens, usable, upload = (torch.full((n,), -1, dtype=torch.int32) for n in (6, 6, 2))
-    there = [tensor.to(DEVICE) for tensor in (tokens, usable, upload)]
+    results = torch.full((3, 6), -1, dtype=torch.int32, device=DEVICE)
+    results[2] = torch.tensor([1, 1, 0, 1, 1, -1], device=DEVICE)
+    upload = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
     where = torch.tensor(order, dtype=torch.int32, device=DEVICE)
-    pick_and_advance(peaks, 5, where, state, there[0][:rows], there[1][:rows], there[2], launch)
+    mailbox = Mailbox(2, 6, DEVICE)
+    slot = mailbox.open(rows)
+    apply_updates(torch.zeros_like(upload), upload, launch, mailbox)
+    pick_and_advance(peaks, 5, where, state, results[:, :rows], upload, mailbox, launch)
+    synchronize()
     logits = x.double() @ weight.double().t()
     best = [int((row == row.max()).nonzero()[0]) for row in logits[[0, 1, 4]]]
     assert best[1] == 0
-    assert there[0].tolist() == [best[0], 0, 0, 0, best[2], -1]
-    assert there[1].tolist() == [1, 1, 0, 0, 1, -1]
-    assert int(there[2][0]) == 0
-    for row, token in zip(order[:4], there[0].tolist(), strict=False):
+    assert results[0].tolist() == [best[0], 0, 0, 0, best[2], -1]
+    assert results[1].tolist() == [1, 1, 0, 0, 1, -1]
+    assert slot.tolist() == results[:, :rows].tolist()
+    assert int(upload[0]) == 0
+    for row, token in zip(order[:4], results[0].tolist(), strict=False):
         want[0][row], want[1][row], want[2][row] = token, want[1][row] + 1, want[2][row] + 1
     assert [column.tolist() for column in columns] == want, "and the scratch row stays as it is"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.decode_items import DecodePlan, cut_items
 from pagelab.kernels.launch import device_of
+from pagelab.kernels.mailbox import Mailbox
 from pagelab.kernels.step_state import (
     Embeddings,
     SequenceRows,
@@ -21,7 +23,7 @@ from pagelab.kernels.step_state import (
     begin_ragged,
 )
 from pagelab.kernels.updates import apply_updates
-from tests.support.paged import DEVICE, HALF
+from tests.support.paged import DEVICE, HALF, synchronize
 
 LAUNCH = device_of(DEVICE)
 VOCAB, HIDDEN, HALF_DIM, ROWS = 50, 72, 20, 12
@@ -89,14 +91,16 @@ def test_a_decode_step_begins_with_what_the_rows_say(kind: str, dtype: torch.dty
     begin_decode(words(*order), state, given, x, cos, sin, plan, LAUNCH, shortest=64)
     positions = state.computed[order].tolist()
     check_inputs(given, state.next_token[order].tolist(), positions, x, (cos, sin))
-    # the items are as long as they can be at equal length, in multiples of 64
+    # as few items of a sequence as possible, as long as each other, in multiples of 32
     lengths = [position + 1 for position in positions]
     each = -(-max(64, -(-sum(lengths) // 5)) // 64) * 64
     want = []
     for i, (row, length) in enumerate(zip(order, lengths, strict=True)):
-        starts = range(0, length, each)
+        part = -(-length // -(-length // each))
+        part = -(-part // 32) * 32
+        starts = range(0, length, part)
         for c, start in enumerate(starts):
-            stop = min(start + each, length)
+            stop = min(start + part, length)
             want.append([i, i, row, start, stop, c, len(starts), length - 1])
     assert len(want) > len(order), "some are split"
     assert int(plan.num_items) == len(want)
@@ -141,7 +145,13 @@ def test_a_decode_step_ends_with_a_token_more_in_every_row_of_the_step() -> None
         want[0][row] = token
         want[1][row] += 1
         want[2][row] += 1
-    advance(words(*order), words(*tokens), state, upload, LAUNCH)
+    mailbox = Mailbox(2, 5, DEVICE)
+    results = torch.stack([words(*tokens), words(1, 1, 0, 1, 1), words(1, 0, 1, 1, 1)])
+    slot = mailbox.open(5)
+    apply_updates(words(0, 0), words(0), LAUNCH, mailbox)
+    advance(words(*order), results, state, upload, mailbox, LAUNCH)
+    synchronize()
+    assert slot.tolist() == results.tolist()
     assert columns(state) == want, "and the scratch row stays at position 0"
     assert upload.tolist() == [0, 0, 1, 1]
 
@@ -157,9 +167,10 @@ def test_a_ragged_step_ends_with_tokens_only_for_those_that_sampled() -> None:
         want[2][row] += 1
     advance(
         words(*order),
-        words(21, 22, 23, 24),
+        torch.stack([words(21, 22, 23, 24), words(1, 1, 1, 1), words(1, 1, 1, 1)]),
         state,
         upload,
+        Mailbox(2, 4, DEVICE),
         LAUNCH,
         samples=words(*samples),
         counts=words(*counts),
@@ -180,3 +191,33 @@ def test_changes_reach_their_places_and_no_others(count: int) -> None:
     apply_updates(torch.from_numpy(upload).to(DEVICE), there, LAUNCH)
     arena[places[:count]] = values[:count]
     assert there.tolist() == arena.tolist()
+
+
+def test_every_step_has_a_slot_in_turn_also_after_one_that_failed() -> None:
+    mailbox = Mailbox(3, 2, DEVICE)
+    state = some_rows()
+
+    def step(token: int, *, fails_after: int = 2) -> torch.Tensor:
+        slot = mailbox.open(2)
+        if fails_after > 0:
+            apply_updates(words(0, 0), words(0), LAUNCH, mailbox)
+        if fails_after > 1:
+            results = torch.stack([words(token, token + 1), words(1, 1), words(1, 0)])
+            advance(words(1, 2), results, state, words(0, 0), mailbox, LAUNCH)
+        else:
+            mailbox.lose()
+        return slot
+
+    def read(slot: torch.Tensor) -> Any:
+        synchronize()
+        return slot[0].tolist()
+
+    slots = [step(token) for token in (10, 20, 30)]
+    assert [read(slot) for slot in slots] == [[10, 11], [20, 21], [30, 31]]
+    # a change that comes in several pieces is no step
+    apply_updates(words(0, 0), words(0), LAUNCH)
+    assert read(step(40)) == [40, 41]
+    for fails_after in (0, 1):  # before the device took its turn, and behind it
+        step(0, fails_after=fails_after)
+        assert read(step(50)) == [50, 51]
+        assert read(step(60)) == [60, 61]

@@ -91,7 +91,7 @@ class Launch:
 
     Attributes:
         factory: `module:function`; called with `options` in the engine's process, it gives
-            (EngineCore, EngineInfo).
+            (EngineCore, EngineInfo, Constrain or None), as `engine.worker.load_llm`.
         options: its keywords; must be picklable.
         load_tokenizer: called in a thread; None where the model has no tokenizer.
     """
@@ -444,6 +444,10 @@ class AsyncLLM:
                 self._forget(stream)
                 if not stream.accepted.done():
                     stream.accepted.set_exception(getattr(errors, kind, RequestError)(text))
+        for request_id, logprobs in news.prompts:
+            stream = streams.get(request_id)
+            if stream is not None:
+                stream.prompt_logprobs = logprobs
         for token in news.tokens:
             stream = streams.get(token[0])
             if stream is not None:

@@ -27,8 +27,9 @@ from pagelab.types import FinishReason, RequestMetrics, SamplingParams, TokenLog
 
 HEADER = struct.Struct(">I")
 
-TokenNews = tuple[str, int, int | None, TokenLogprobs | None, FinishReason | None, str | None]
-"""(request id, sample, token id, log probabilities, why it ended, error) of one sequence.
+TokenNews = tuple[str, int, int | None, TokenLogprobs | None, FinishReason | None, str | None, bool]
+"""(request id, sample, token id, log probabilities, why it ended, error, whether the token is part
+of the text) of one sequence; the end-of-sequence token that ended it is not.
 
 A plain tuple: hundreds are pickled every step, and a NamedTuple costs three times as much.
 """
@@ -130,6 +131,7 @@ class News(NamedTuple):
 
     accepted: tuple[str, ...]
     refused: tuple[tuple[str, str, str], ...]  # (request id, error's class, message)
+    prompts: tuple[tuple[str, tuple[TokenLogprobs | None, ...]], ...]  # their log probabilities
     tokens: tuple[TokenNews, ...]
     ended: tuple[tuple[str, RequestMetrics], ...]
     stats: StepStats

@@ -56,6 +56,7 @@ class RequestStream:
         id: the request's.
         prompt: its text, where it was one.
         prompt_token_ids: what the engine was given.
+        prompt_logprobs: where they were asked for, from the first delta on.
         metrics: the engine's times (of `time.perf_counter`) and counts; None before the end.
         outcome: how it ended: `stop`, `length`, `cancelled`, `error` (of its first sequence) or
             `lost`; None before.
@@ -79,6 +80,7 @@ class RequestStream:
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.metrics: RequestMetrics | None = None
         self.outcome: str | None = None
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -95,7 +97,7 @@ class RequestStream:
 
     def feed(self, news: TokenNews) -> None:
         """Take one sequence's news of a step."""
-        _, index, token_id, logprobs, reason, error = news
+        _, index, token_id, logprobs, reason, error, is_text = news
         sample = self._samples[index]
         if sample.finish_reason is not None:
             return  # tokens after a stop string: nobody asked for them
@@ -104,8 +106,7 @@ class RequestStream:
             sample.token_ids.append(token_id)
             if logprobs is not None:
                 sample.logprobs.append(logprobs)
-            # the end-of-sequence token that ended it is no part of the text
-            if sample.text is not None and reason is not FinishReason.STOP:
+            if sample.text is not None and is_text:
                 sample.text.feed(token_id)
         if sample.text is not None and sample.text.stopped:
             sample.finish_reason = FinishReason.STOP
@@ -187,6 +188,7 @@ class RequestStream:
             ),
             metrics=self.metrics or RequestMetrics(0.0),
             finished=self._ended,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     @property

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pagelab.engine.block_watch import BlockWatch, describe_block
 from pagelab.engine.core import EngineCore
@@ -45,14 +45,21 @@ from pagelab.engine.messages import (
 from pagelab.errors import PageLabError, RequestError
 from pagelab.memory.ledger import take_ledger
 from pagelab.scheduling.batch import Batch, StepResult
+from pagelab.scheduling.constraint import Constraint
 from pagelab.scheduling.sequence import Request, TokenEvent
-from pagelab.types import FinishReason, RequestMetrics
+from pagelab.types import FinishReason, RequestMetrics, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_BROKEN = 3
 EXIT_ORPHANED = 4
+
+Constrain = Callable[[SamplingParams], Constraint | None]
+"""Makes what `params.guided` asks for; called in another thread than the engine's."""
+
+Loaded = tuple[EngineCore, EngineInfo, Constrain | None]
+"""What a factory gives."""
 
 MOST_FAILURES = 5
 """Failed steps in a row after which the process gives up, to be started anew."""
@@ -64,13 +71,23 @@ class EngineWorker:
     Args:
         core: the engine.
         tell: takes messages to the front; must not block.
+        constrain: makes the constraint of a request with `guided`, in a thread of its own.
     """
 
-    def __init__(self, core: EngineCore, tell: Callable[[object], None]) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        tell: Callable[[object], None],
+        constrain: Constrain | None = None,
+    ) -> None:
         self.core = core
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tell = tell
         self._requests: dict[str, Request] = {}
+        self._compiler = _Compiler(constrain, self.inbox)
+        self._compiling: set[str] = set()
+        self._lack_prompts: set[str] = set()  # requests whose prompt's logprobs are not told yet
+        self._prompts: list[tuple[str, tuple[TokenLogprobs | None, ...]]] = []
         self._watch: BlockWatch | None = None
         self._watch_every = 0.0
         self._watched_at = 0.0
@@ -113,8 +130,15 @@ class EngineWorker:
 
     def _handle(self, message: object) -> None:
         if isinstance(message, AddRequest):
-            self._add(message)
+            if message.params.guided is None:
+                self._add(message, None)
+            else:
+                self._compiling.add(message.request_id)
+                self._compiler.compile(message)
+        elif isinstance(message, _Compiled):
+            self._take_compiled(message)
         elif isinstance(message, CancelRequest):
+            self._compiling.discard(message.request_id)
             self.core.cancel(message.request_id)
             self._note_end(message.request_id)
         elif isinstance(message, StopSequence):
@@ -127,7 +151,20 @@ class EngineWorker:
             assert isinstance(message, Shutdown), message
             raise _EndError
 
-    def _add(self, message: AddRequest) -> None:
+    def _take_compiled(self, compiled: _Compiled) -> None:
+        request_id = compiled.message.request_id
+        if request_id not in self._compiling:
+            return  # cancelled meanwhile
+        self._compiling.discard(request_id)
+        if isinstance(compiled.found, PageLabError):
+            kind = type(compiled.found).__name__
+            if not isinstance(compiled.found, RequestError):
+                kind = "RequestError"  # this engine cannot do it, and that is all it is
+            self._refused.append((request_id, kind, str(compiled.found)))
+        else:
+            self._add(compiled.message, compiled.found)
+
+    def _add(self, message: AddRequest, constraint: Constraint | None) -> None:
         try:
             self._requests[message.request_id] = self.core.add_request(
                 message.prompt_token_ids,
@@ -135,11 +172,14 @@ class EngineWorker:
                 request_id=message.request_id,
                 priority=message.priority,
                 arrival_time=message.arrival_time,
+                constraint=constraint,
             )
         except RequestError as error:
             self._refused.append((message.request_id, type(error).__name__, str(error)))
         else:
             self._accepted.append(message.request_id)
+            if message.params.prompt_logprobs is not None:
+                self._lack_prompts.add(message.request_id)
 
     def _stop(self, message: StopSequence) -> None:
         request = self._requests.get(message.request_id)
@@ -174,7 +214,13 @@ class EngineWorker:
             self._note_end(sequence.request.id)
         token_id, logprobs = (None, None) if token is None else token
         request_id, sample = sequence.id
-        return (request_id, sample, token_id, logprobs, reason, sequence.error)
+        if self._lack_prompts and request_id in self._lack_prompts:
+            request = sequence.request
+            self._lack_prompts.discard(request_id)
+            if not request.lacks_prompt_logprobs:
+                self._prompts.append((request_id, (None, *request.prompt_logprobs)))
+        is_text = reason is None or sequence.stop_token_id is None
+        return (request_id, sample, token_id, logprobs, reason, sequence.error, is_text)
 
     def _fail_abandoned(self, message: str) -> list[TokenNews]:
         """Requests that the core gave up in a step that raised: they end with an error."""
@@ -183,7 +229,7 @@ class EngineWorker:
             if any(s.finish_reason is FinishReason.CANCELLED for s in request.sequences):
                 self.core.cancel(request.id, FinishReason.ERROR)
                 tokens += [
-                    (request.id, s.id.sample, None, None, FinishReason.ERROR, message)
+                    (request.id, s.id.sample, None, None, FinishReason.ERROR, message, False)
                     for s in request.sequences
                     if s.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR)
                 ]
@@ -194,6 +240,7 @@ class EngineWorker:
         request = self._requests.get(request_id)
         if request is not None and request.finished:
             del self._requests[request_id]
+            self._lack_prompts.discard(request_id)
             self._recomputed += request.metrics.num_recomputed_tokens
             self._ended.append((request_id, request.metrics))
 
@@ -225,6 +272,7 @@ class EngineWorker:
             News(
                 tuple(self._accepted),
                 tuple(self._refused),
+                tuple(self._prompts),
                 tokens,
                 tuple(self._ended),
                 self._stats(),
@@ -232,6 +280,7 @@ class EngineWorker:
         )
         self._accepted.clear()
         self._refused.clear()
+        self._prompts.clear()
         self._ended.clear()
 
     def _set_watch(self, every_s: float | None) -> None:
@@ -247,6 +296,45 @@ class EngineWorker:
         if self._watch.changed or self.core.has_unfinished_requests:
             self._watched_at = now
             self._tell(self._watch.look(self._stats()))
+
+
+class _Compiled(NamedTuple):
+    """A guided request and its constraint, or why there is none."""
+
+    message: AddRequest
+    found: Constraint | PageLabError
+
+
+class _Compiler:
+    """Makes constraints beside the step loop: a large schema takes longer than a step."""
+
+    def __init__(self, constrain: Constrain | None, inbox: queue.SimpleQueue[Any]) -> None:
+        self._constrain = constrain
+        self._inbox = inbox
+        self._queue: queue.SimpleQueue[AddRequest] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def compile(self, message: AddRequest) -> None:
+        """Have `_Compiled` put into the inbox in a while."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        self._queue.put(message)
+
+    def _run(self) -> None:
+        while True:
+            message = self._queue.get()
+            self._inbox.put(_Compiled(message, self._found(message)))
+
+    def _found(self, message: AddRequest) -> Constraint | PageLabError:
+        try:
+            found = None if self._constrain is None else self._constrain(message.params)
+        except PageLabError as error:
+            return error
+        except Exception as error:  # of the grammar library, on a grammar that it did not expect
+            logger.exception("a constraint could not be made")
+            return RequestError(f"guided decoding failed: {error}")
+        return found or RequestError("this engine has no guided decoding")
 
 
 class _TimedRunner:
@@ -275,7 +363,7 @@ class _EndError(Exception):
     """`Shutdown` has come."""
 
 
-def load_llm(**options: Any) -> tuple[EngineCore, EngineInfo]:
+def load_llm(**options: Any) -> Loaded:
     """The default factory: an `LLM`'s engine. Options and errors are those of `LLM`."""
     from pagelab.engine.llm import LLM
 
@@ -283,21 +371,25 @@ def load_llm(**options: Any) -> tuple[EngineCore, EngineInfo]:
     llm = LLM(options.pop("model", None), **options)
     config, scheduling = llm.core.kv.config, llm.core.scheduler.config
     budget = llm.memory_budget
-    return llm.core, EngineInfo(
-        llm.source.name,
-        os.getpid(),
-        config.max_model_len,
-        llm.spec.vocab_size,
-        config.num_blocks,
-        config.block_size,
-        budget.block_bytes,
-        scheduling.max_num_seqs,
-        scheduling.max_num_batched_tokens,
-        llm.core.kv.allocator.name,
-        llm.core.kv.prefix_cache is not None,
-        str(llm.device),
-        str(llm.dtype).removeprefix("torch."),
-        time.perf_counter() - started,
+    return (
+        llm.core,
+        EngineInfo(
+            llm.source.name,
+            os.getpid(),
+            config.max_model_len,
+            llm.spec.vocab_size,
+            config.num_blocks,
+            config.block_size,
+            budget.block_bytes,
+            scheduling.max_num_seqs,
+            scheduling.max_num_batched_tokens,
+            llm.core.kv.allocator.name,
+            llm.core.kv.prefix_cache is not None,
+            str(llm.device),
+            str(llm.dtype).removeprefix("torch."),
+            time.perf_counter() - started,
+        ),
+        llm.constraint,
     )
 
 
@@ -311,7 +403,7 @@ def main(fd: int) -> int:
     assert isinstance(start, Start)
     try:
         module, _, name = start.factory.partition(":")
-        core, info = getattr(importlib.import_module(module), name)(**start.options)
+        core, info, constrain = getattr(importlib.import_module(module), name)(**start.options)
     except PageLabError as error:
         channel.sendall(frame(StartFailed(type(error).__name__, str(error))))
         return EXIT_FAILED
@@ -320,7 +412,7 @@ def main(fd: int) -> int:
         channel.sendall(frame(StartFailed("EngineError", f"{type(error).__name__}: {error}")))
         return EXIT_FAILED
     outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-    worker = EngineWorker(core, outbox.put)
+    worker = EngineWorker(core, outbox.put, constrain)
     outbox.put(info)
     threads = (
         threading.Thread(target=_receive, args=(stream, worker.inbox), daemon=True),

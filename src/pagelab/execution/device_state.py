@@ -11,6 +11,7 @@ any change is (place, word) and a step's changes go over in one copy::
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,14 +146,14 @@ class DeviceState:
         """The changes since the last call, `[count, 2]` int32 (place, word); None if none."""
         if not self._places_changed:
             return None
-        changes = np.empty((len(self._places_changed), 2), np.int32)
-        changes[:, 0] = self._places_changed
-        changes[:, 1] = np.array(self._words, np.int64).astype(np.uint32).view(np.int32)
+        # of several changes to a place the last one counts
+        words = dict(zip(self._places_changed, self._words, strict=True))
+        changes = np.empty((len(words), 2), np.int32)
+        changes[:, 0] = list(words)
+        changes[:, 1] = np.array(list(words.values()), np.int64).astype(np.uint32).view(np.int32)
         self._places_changed.clear()
         self._words.clear()
-        # of several changes to a place the last one counts
-        _, first = np.unique(changes[::-1, 0], return_index=True)
-        return changes if len(first) == len(changes) else changes[::-1][first]
+        return changes
 
     def _new_row(self, part: ScheduledSequence, collected: int) -> Row:
         if not self._free:
@@ -212,5 +213,8 @@ class DeviceState:
         self._words.append(word)
 
 
+_FLOAT32, _FLOAT32_BITS = struct.Struct("<f"), struct.Struct("<I")
+
+
 def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.uint32))
+    return _FLOAT32_BITS.unpack(_FLOAT32.pack(value))[0]  # type: ignore[no-any-return]

@@ -33,12 +33,21 @@ from pagelab.execution.buckets import (
 from pagelab.execution.cuda_graphs import GraphCache
 from pagelab.execution.device_state import DeviceState
 from pagelab.execution.kv_cache import KVCache
+from pagelab.execution.logits.logprobs import (
+    ROWS_AT_ONCE,
+    RowLogprobs,
+    prompt_logprobs,
+    prompt_rows,
+)
+from pagelab.execution.logits.process import process
 from pagelab.execution.oom import in_step
 from pagelab.execution.ragged_inputs import RaggedShape, fill, split
+from pagelab.execution.sampler import NO_TOKEN
 from pagelab.kernels.decode_items import DecodePlan
-from pagelab.kernels.elementwise import project
+from pagelab.kernels.elementwise import Pending, project
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import Peaks
+from pagelab.kernels.mailbox import Mailbox
 from pagelab.kernels.paged_decode import Projections, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
 from pagelab.kernels.sampling import (
@@ -46,7 +55,7 @@ from pagelab.kernels.sampling import (
     SamplingWorkspace,
     sample_tokens,
 )
-from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED, aligned
+from pagelab.kernels.sizes import MAX_CHANGES, MAX_LINEAR_ROWS, MAX_SUPPRESSED
 from pagelab.kernels.step_state import (
     advance,
     begin_decode,
@@ -65,10 +74,11 @@ class InFlight:
     """A step that was submitted."""
 
     batch: Batch
-    num_seqs: int  # with padding
-    results: torch.Tensor  # [3, num_seqs] int32: tokens, usable, finite
+    results: torch.Tensor  # [3, S] int32: tokens, usable, finite; S with padding
     done: torch.cuda.Event | None
     logprobs: dict[SequenceId, _Logprobs] = field(default_factory=dict)
+    prompts: list[tuple[SequenceId, RowLogprobs]] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)  # rows whose logits were not to process
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +90,19 @@ class _Sampling:
         logprobs: somebody wants log probabilities.
         plain: everyone takes the most probable token and nothing is forbidden: no logits needed.
         masked: rows with more forbidden ids than the device keeps, and these.
+        processed: sequences whose logits the host changes or reads; None: nobody's. Such a step
+            runs kernel by kernel.
+        failed: what went wrong with that, by row.
+        prompts: what it read of prompts.
     """
 
     mode: SamplingMode
     logprobs: bool
     plain: bool
     masked: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    processed: tuple[ScheduledSequence, ...] | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+    prompts: list[tuple[SequenceId, RowLogprobs]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +186,8 @@ class GpuRunner:
         self._cos = empty(tokens, half, dtype=torch.float32)
         self._sin = empty(tokens, half, dtype=torch.float32)
         self._logits = empty(seqs, spec.vocab_size, dtype=torch.float32)
-        self._results = empty(3 * seqs, dtype=torch.int32)
+        self._results = empty(3, seqs, dtype=torch.int32)
+        self._mailbox = Mailbox(max(2, config.max_steps_in_flight), seqs, self.device)
         self._each = torch.arange(seqs, dtype=torch.int32, device=self.device)
         self._sampling = SamplingWorkspace(seqs, spec.vocab_size, self.device)
         self._peaks = Peaks(min(seqs, MAX_LINEAR_ROWS), spec.vocab_size, self.device)
@@ -185,6 +203,7 @@ class GpuRunner:
             return self._submit(batch)
         except BaseException:
             self.state.forget_order()
+            self._mailbox.lose()
             raise
 
     def _submit(self, batch: Batch) -> InFlight:
@@ -197,12 +216,13 @@ class GpuRunner:
             rows = [state.row(part, step, collected).index for part in parts]
             how = self._sampling_of(parts)
             if not self._invariant and all(part.num_tokens == 1 and part.samples for part in parts):
-                num_seqs = self._submit_decode(rows, how)
+                results = self._submit_decode(rows, how)
             else:
-                num_seqs = self._submit_ragged(rows, parts, how)
-            in_flight = InFlight(batch, num_seqs, self._to_host(num_seqs), None)
+                results = self._submit_ragged(rows, parts, how)
+            in_flight = InFlight(batch, results, None)
             if how.logprobs:
                 self._add_logprobs(in_flight)
+            in_flight.failed, in_flight.prompts = how.failed, how.prompts
             in_flight.done = self._record()
             self._under_way.append(step)
             return in_flight
@@ -216,7 +236,7 @@ class GpuRunner:
         tokens, usable, finite = handle.results.tolist()
         sampled: dict[SequenceId, SampledToken] = {}
         errors: dict[SequenceId, str] = {}
-        fine = 0 not in finite and 0 not in usable and not handle.logprobs
+        fine = 0 not in finite and 0 not in usable and not handle.logprobs and not handle.failed
         for i, part in enumerate(batch.sequences):
             if fine:
                 if part.samples:
@@ -229,33 +249,34 @@ class GpuRunner:
                 with torch.inference_mode(), self._on_stream():
                     # only blocks from this step's first token on: those before may be shared
                     self.cache.clear_blocks(part.block_ids[first:])
-            elif part.samples and not usable[i]:
-                errors[part.sequence_id] = (
-                    "no token can be chosen: logits are not finite, or every token is "
-                    "suppressed (min_tokens with stop_token_ids)"
-                )
+            elif part.samples and (i in handle.failed or not usable[i]):
+                errors[part.sequence_id] = handle.failed.get(i, NO_TOKEN)
             elif part.samples:
                 logprobs = handle.logprobs.get(part.sequence_id)
                 sampled[part.sequence_id] = SampledToken(
                     tokens[i], None if logprobs is None else _read(logprobs)
                 )
-        return StepResult(batch.step, sampled, errors)
+        prompts: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
+        for sequence_id, some in handle.prompts:
+            prompts[sequence_id] = (*prompts.get(sequence_id, ()), *some.read())
+        return StepResult(batch.step, sampled, errors, prompts)
 
     # Two forms of a step
 
-    def _submit_decode(self, rows: list[int], how: _Sampling) -> int:
+    def _submit_decode(self, rows: list[int], how: _Sampling) -> torch.Tensor:
         """Every sequence brings one token, and the device knows it."""
         seqs = decode_bucket(len(rows))
         self.state.set_order(rows)
         self._send_changes()
+        results = self._mailbox.open(seqs)
         self._run(("decode", seqs, how.mode, how.plain), partial(self._decode, seqs, how), how)
-        return seqs
+        return results
 
     def _decode(self, seqs: int, how: _Sampling) -> None:
         order, x = self.state.order[:seqs], self._x[:seqs]
         cos, sin, plan = self._cos[:seqs], self._sin[:seqs], self._plan
         spec, tables = self.decoder.spec, self.state.rows.block_tables
-        apply_updates(self._upload, self.state.arena, self._launch)
+        apply_updates(self._upload, self.state.arena, self._launch, self._mailbox)
         begin_decode(
             order, self.state.rows, self.decoder.embeddings, x, cos, sin, plan, self._launch
         )
@@ -276,7 +297,8 @@ class GpuRunner:
             return out.flatten(1)
 
         pending = self.decoder.forward(x, cos, sin, attend)
-        tokens, usable, finite = self._results_of(seqs)
+        results = self._results_of(seqs)
+        finite = results[2]
         if how.plain:
             blocks = self.decoder.peaks(x, pending, self._each[:seqs], finite, self._peaks)
             if blocks is not None:
@@ -285,19 +307,19 @@ class GpuRunner:
                     blocks,
                     order,
                     self.state.rows,
-                    tokens,
-                    usable,
+                    results,
                     self._upload,
+                    self._mailbox,
                     self._launch,
                 )
                 return
         self.decoder.logits(x, pending, self._each[:seqs], finite, self._logits[:seqs])
         self._sample(order, how)
-        advance(order, tokens, self.state.rows, self._upload, self._launch)
+        advance(order, results, self.state.rows, self._upload, self._mailbox, self._launch)
 
     def _submit_ragged(
         self, rows: list[int], parts: tuple[ScheduledSequence, ...], how: _Sampling
-    ) -> int:
+    ) -> torch.Tensor:
         """Sequences bring any number of tokens."""
         tokens = sum(part.num_tokens for part in parts)
         large = tokens > MAX_GRAPH_TOKENS
@@ -314,8 +336,9 @@ class GpuRunner:
         self._send_changes()
         singles = not self._invariant and any(part.num_tokens == 1 for part in parts)
         work = partial(self._run_ragged, shape, singles, how)
+        results = self._mailbox.open(shape.seqs)
         self._run(None if large else ("ragged", shape, singles, how.mode), work, how)
-        return shape.seqs
+        return results
 
     def _run_ragged(self, shape: RaggedShape, singles: bool, how: _Sampling) -> None:
         tokens, seqs = shape.tokens, shape.seqs
@@ -324,7 +347,7 @@ class GpuRunner:
         plan = self._plan.over(inputs["items"], inputs["num_items"])
         spec, tables = self.decoder.spec, self.state.rows.block_tables
         rows, positions = inputs["token_rows"], inputs["positions"]
-        apply_updates(self._upload, self.state.arena, self._launch)
+        apply_updates(self._upload, self.state.arena, self._launch, self._mailbox)
         begin_ragged(
             inputs["token_ids"],
             rows,
@@ -359,14 +382,17 @@ class GpuRunner:
             return out.flatten(1)
 
         pending = self.decoder.forward(x, cos, sin, attend)
-        tokens_out, _, finite = self._results_of(seqs)
-        self.decoder.logits(x, pending, inputs["last"], finite, self._logits[:seqs])
+        results = self._results_of(seqs)
+        self.decoder.logits(x, pending, inputs["last"], results[2], self._logits[:seqs])
         self._sample(inputs["order"], how)
+        if how.processed is not None:
+            self._read_prompts(x, pending, how.processed, how.prompts)
         advance(
             inputs["order"],
-            tokens_out,
+            results,
             self.state.rows,
             self._upload,
+            self._mailbox,
             self._launch,
             samples=inputs["samples"],
             counts=inputs["counts"],
@@ -375,8 +401,10 @@ class GpuRunner:
     def _sample(self, order: torch.Tensor, how: _Sampling) -> None:
         seqs = len(order)
         logits = self._logits[:seqs]
-        if how.masked:
-            logits = logits.clone()  # log probabilities are of all tokens
+        if how.masked or how.processed is not None:
+            logits = logits.clone()  # log probabilities are the model's own, of all tokens
+        if how.processed is not None:
+            how.failed.update(process(logits, how.processed))
         for row, ids in how.masked:
             logits[row, list(ids)] = float("-inf")
         tokens, usable, _ = self._results_of(seqs)
@@ -386,7 +414,7 @@ class GpuRunner:
     def _run(
         self, key: tuple[object, ...] | None, work: Callable[[], None], how: _Sampling
     ) -> None:
-        if key is None or how.masked:
+        if key is None or how.masked or how.processed is not None:
             work()
         else:
             self.graphs.run(key, work)
@@ -394,14 +422,41 @@ class GpuRunner:
     def _sampling_of(self, parts: tuple[ScheduledSequence, ...]) -> _Sampling:
         mode = SamplingMode.of((part.params for part in parts), self._logits.shape[1])
         logprobs = any(part.params.logprobs is not None for part in parts)
-        if not any(part.suppressed for part in parts):
+        processed = parts if any(part.logits is not None for part in parts) else None
+        if processed is None and not any(part.suppressed for part in parts):
             return _Sampling(mode, logprobs, mode == SamplingMode.GREEDY and not logprobs)
         masked = tuple(
             (row, part.suppressed)
             for row, part in enumerate(parts)
             if len(part.suppressed) > MAX_SUPPRESSED
         )
-        return _Sampling(mode, logprobs, False, masked)
+        return _Sampling(mode, logprobs, False, masked, processed)
+
+    def _read_prompts(
+        self,
+        x: torch.Tensor,
+        pending: Pending | None,
+        parts: tuple[ScheduledSequence, ...],
+        found: list[tuple[SequenceId, RowLogprobs]],
+    ) -> None:
+        """Log probabilities of prompt tokens, where they are asked for."""
+        rows = prompt_rows(parts)
+        if not rows:
+            return
+        shape = (ROWS_AT_ONCE, self._logits.shape[1])
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        finite = torch.empty(ROWS_AT_ONCE, dtype=torch.int32, device=self.device)
+
+        def logits_of(at: torch.Tensor) -> torch.Tensor:
+            out = logits[: len(at)]
+            at = at.to(device=self.device, dtype=torch.int32)
+            self.decoder.logits(x, pending, at, finite[: len(at)], out)
+            return out
+
+        for sequence_id, some in prompt_logprobs(rows, logits_of):
+            found.append(
+                (sequence_id, RowLogprobs(*(t.to("cpu", non_blocking=True) for t in some)))
+            )
 
     def _compile_ahead(self) -> None:
         """Compile what the first prompt and the first greedy steps need, on all cores at once."""
@@ -447,12 +502,7 @@ class GpuRunner:
 
     def _results_of(self, num_seqs: int) -> torch.Tensor:
         """`[3, num_seqs]`: tokens, usable, finite."""
-        return _thirds(self._results, num_seqs)
-
-    def _to_host(self, num_seqs: int) -> torch.Tensor:
-        host = self._pinned(3 * aligned(num_seqs))
-        host.copy_(self._results[: len(host)], non_blocking=True)
-        return _thirds(host, num_seqs)
+        return self._results[:, :num_seqs]
 
     def _add_logprobs(self, step: InFlight) -> None:
         for i, part in enumerate(step.batch.sequences):
@@ -461,7 +511,7 @@ class GpuRunner:
                 continue
             logprobs = self._logits[i].log_softmax(dim=-1)
             top = logprobs.topk(min(count, len(logprobs)))
-            chosen = logprobs[self._results[i].long()[None]]
+            chosen = logprobs[self._results[0, i].long()[None]]
             step.logprobs[part.sequence_id] = _Logprobs(
                 count,
                 chosen.to("cpu", non_blocking=True),
@@ -478,11 +528,6 @@ class GpuRunner:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-
-def _thirds(words: torch.Tensor, num_seqs: int) -> torch.Tensor:
-    stride = aligned(num_seqs)
-    return words[: 3 * stride].view(3, stride)[:, :num_seqs]
 
 
 def _load(kernel: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -54,27 +55,32 @@ class RaggedShape:
 
     def places(self) -> dict[str, slice]:
         """Where each part lies, in their order."""
-        t, s = self.tokens, self.seqs
-        sizes = {
-            "token_ids": t,
-            "token_rows": t,
-            "positions": t,
-            "order": s,
-            "samples": s,
-            "counts": s,
-            "last": s,
-            "tiles": self.tiles * TILE,
-            "num_tiles": 1,
-            "items": self.items * DESCRIPTOR,
-            "num_items": 1,
-        }
-        starts = accumulate(map(aligned, sizes.values()), initial=0)
-        return {name: slice(at, at + sizes[name]) for name, at in zip(sizes, starts, strict=False)}
+        return _places(self)
 
     @property
     def num_words(self) -> int:
         """Words of all parts."""
         return aligned(max(place.stop for place in self.places().values()))
+
+
+@lru_cache(maxsize=1024)
+def _places(shape: RaggedShape) -> dict[str, slice]:
+    t, s = shape.tokens, shape.seqs
+    sizes = {
+        "token_ids": t,
+        "token_rows": t,
+        "positions": t,
+        "order": s,
+        "samples": s,
+        "counts": s,
+        "last": s,
+        "tiles": shape.tiles * TILE,
+        "num_tiles": 1,
+        "items": shape.items * DESCRIPTOR,
+        "num_items": 1,
+    }
+    starts = accumulate(map(aligned, sizes.values()), initial=0)
+    return {name: slice(at, at + sizes[name]) for name, at in zip(sizes, starts, strict=False)}
 
 
 def split(words: torch.Tensor, shape: RaggedShape) -> dict[str, torch.Tensor]:
@@ -118,12 +124,14 @@ def fill(
     tiles = cut_tiles(own[several], first[several], counts[several], starts[several], shape.tile)
     places["tiles"][: tiles.size] = tiles.reshape(-1)
     places["num_tiles"][0] = len(tiles)
+    places["num_items"][0] = 0
     one = np.flatnonzero(~several)
-    items = cut_items(
-        np.arange(num_seqs)[one], own[one], first[one], starts[one], shape.target_items
-    )
-    places["items"][: items.size] = items.reshape(-1)
-    places["num_items"][0] = len(items)
+    if one.size:
+        items = cut_items(
+            np.arange(num_seqs)[one], own[one], first[one], starts[one], shape.target_items
+        )
+        places["items"][: items.size] = items.reshape(-1)
+        places["num_items"][0] = len(items)
 
 
 def _padded(place: np.ndarray, values: Sequence[int] | np.ndarray, padding: int) -> None:

@@ -13,18 +13,24 @@ from hashlib import blake2b
 
 import torch
 
+from pagelab.execution.logits.process import changes_logits, process
 from pagelab.scheduling.batch import ScheduledSequence
 from pagelab.types import SampledToken, SamplingParams, TokenLogprobs
+
+NO_TOKEN = (
+    "no token can be chosen: logits are not finite, or every token is suppressed (min_tokens with "
+    "stop_token_ids)"
+)
 
 
 def sample(
     logits: torch.Tensor, sequences: Sequence[ScheduledSequence]
-) -> list[SampledToken | None]:
-    """One token for each row of logits `[rows, vocab]` (float32); None where none can be
-    chosen, because the row holds a NaN or no finite number.
+) -> list[SampledToken | str]:
+    """One token for each row of logits `[rows, vocab]` (float32), or why there is none: the row
+    holds a NaN or no finite number, or what the sequence asks cannot be done to it.
     """
     own = logits
-    logits = _suppress(own, sequences)
+    logits, failed = _processed(own, sequences)
     best, greedy = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
     usable = best.isfinite().tolist()
     chosen: list[int] = greedy.tolist()
@@ -33,7 +39,9 @@ def sample(
             chosen[row] = _draw(logits[row], sequence.params, uniform(*sequence.position_seed))
     logprobs = _logprobs(own, sequences, chosen)
     return [
-        SampledToken(token, logprobs.get(row)) if usable[row] else None
+        SampledToken(token, logprobs.get(row))
+        if usable[row] and row not in failed
+        else failed.get(row, NO_TOKEN)
         for row, token in enumerate(chosen)
     ]
 
@@ -76,12 +84,19 @@ def _draw(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
     return int(torch.searchsorted(cumulative, target, right=True).clamp(max=len(cumulative) - 1))
 
 
-def _suppress(logits: torch.Tensor, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:
-    if any(sequence.suppressed for sequence in sequences):
-        logits = logits.clone()
-        for row, sequence in enumerate(sequences):
+def _processed(
+    logits: torch.Tensor, sequences: Sequence[ScheduledSequence]
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """The logits to sample from, and rows that failed: a copy only where somebody changes any."""
+    changed = any(map(changes_logits, sequences))
+    if not changed and not any(sequence.suppressed for sequence in sequences):
+        return logits, {}
+    logits = logits.clone()
+    failed = process(logits, sequences) if changed else {}
+    for row, sequence in enumerate(sequences):
+        if sequence.suppressed:
             logits[row, list(sequence.suppressed)] = -math.inf
-    return logits
+    return logits, failed
 
 
 def _logprobs(

@@ -12,8 +12,17 @@ import torch
 
 from pagelab.kernels.sizes import DESCRIPTOR
 
-SHORTEST_ITEM = 256
-"""Keys of an item at least: adding parts up costs more than a short context does."""
+PART = 32
+"""Keys that an item is a multiple of, unless it is a sequence's last."""
+
+
+def shortest_item(num_seqs: int, target: int) -> int:
+    """Keys of an item at least: adding parts up costs more than a short context does.
+
+    Where the sequences themselves are about as many as the items that are wanted (`target`), only
+    a long one is worth cutting (docs/log.md).
+    """
+    return 512 if 2 * num_seqs >= target else 256
 
 
 class DecodePlan:
@@ -62,16 +71,20 @@ def cut_items(
     many items to cut into, about.
     """
     lengths = positions + 1
-    each = max(-(-int(lengths.sum()) // target), SHORTEST_ITEM)
+    each = max(-(-int(lengths.sum()) // target), shortest_item(len(lengths), target))
     each = -(-each // 64) * 64
-    counts = -(-lengths // each)
+    # a sequence's items are about as long as each other
+    part = -(-lengths // -(-lengths // each))
+    part = -(-part // PART) * PART
+    counts = -(-lengths // part)
     index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    part = np.repeat(part, counts)
     out = np.empty((int(counts.sum()), DESCRIPTOR), np.int32)
     out[:, 0] = np.repeat(seqs, counts)
     out[:, 1] = np.repeat(first, counts)
     out[:, 2] = np.repeat(rows, counts)
-    out[:, 3] = index * each
-    out[:, 4] = np.minimum((index + 1) * each, np.repeat(lengths, counts))
+    out[:, 3] = index * part
+    out[:, 4] = np.minimum((index + 1) * part, np.repeat(lengths, counts))
     out[:, 5] = index
     out[:, 6] = np.repeat(counts, counts)
     out[:, 7] = np.repeat(positions, counts)

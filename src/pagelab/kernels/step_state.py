@@ -18,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pagelab.kernels.decode_items import SHORTEST_ITEM, DecodePlan
+from pagelab.kernels.decode_items import PART, DecodePlan, shortest_item
 from pagelab.kernels.launch import Device, begin
 from pagelab.kernels.linear import Peaks
+from pagelab.kernels.mailbox import Mailbox, deliver
 
 
 @triton.jit
@@ -57,7 +58,15 @@ def _embed(
 
 @triton.jit
 def _plan_items(
-    rows, computed, items, num_items, num_seqs, target, shortest, BLOCK_S: tl.constexpr
+    rows,
+    computed,
+    items,
+    num_items,
+    num_seqs,
+    target,
+    shortest,
+    PART: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK_S)
     live = i < num_seqs
@@ -66,7 +75,10 @@ def _plan_items(
     length = position + 1
     each = tl.maximum(tl.cdiv(tl.sum(length), target), shortest)
     each = tl.cdiv(each, 64) * 64
-    count = tl.where(live, tl.cdiv(length, each), 0)
+    # a sequence's items are about as long as each other; padding is as long as one key
+    length = tl.maximum(length, 1)
+    part = tl.cdiv(tl.cdiv(length, tl.cdiv(length, each)), PART) * PART
+    count = tl.where(live, tl.cdiv(length, part), 0)
     first = tl.cumsum(count, 0) - count
     tl.store(num_items, tl.sum(count))
     for c in range(tl.max(count)):
@@ -75,8 +87,8 @@ def _plan_items(
         tl.store(at, i, mask=here)
         tl.store(at + 1, i, mask=here)
         tl.store(at + 2, row, mask=here)
-        tl.store(at + 3, c * each, mask=here)
-        tl.store(at + 4, tl.minimum((c + 1) * each, length), mask=here)
+        tl.store(at + 3, c * part, mask=here)
+        tl.store(at + 4, tl.minimum((c + 1) * part, length), mask=here)
         tl.store(at + 5, tl.zeros([BLOCK_S], tl.int32) + c, mask=here)
         tl.store(at + 6, count, mask=here)
         tl.store(at + 7, position, mask=here)
@@ -103,13 +115,14 @@ def _begin_decode(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
     i = tl.program_id(0)
     if i == num_seqs:
-        _plan_items(rows, computed, items, num_items, num_seqs, target, shortest, BLOCK_S)
+        _plan_items(rows, computed, items, num_items, num_seqs, target, shortest, PART, BLOCK_S)
     else:
         row = tl.load(rows + i)
         _embed(
@@ -179,10 +192,15 @@ def _advance(
     samples,
     counts,
     tokens,
+    usable,
+    finite,
     next_token,
     computed,
     output_index,
     upload,
+    box,
+    turn,
+    box_stride,
     num_seqs,
     scratch,
     DECODE: tl.constexpr,
@@ -193,6 +211,17 @@ def _advance(
     tl.store(upload, 0)  # what the host changed is done: the next step does not do it again
     i = tl.arange(0, BLOCK_S)
     live = i < num_seqs
+    token = tl.load(tokens + i, mask=live, other=0)
+    deliver(
+        box,
+        turn,
+        box_stride,
+        i,
+        token,
+        tl.load(usable + i, mask=live, other=0),
+        tl.load(finite + i, mask=live, other=0),
+        live,
+    )
     row = tl.load(rows + i, mask=live, other=0)
     live = live & (row != scratch)
     before = tl.load(computed + row, mask=live, other=0)
@@ -203,7 +232,6 @@ def _advance(
         count = tl.load(counts + i, mask=live, other=0)
         tl.store(computed + row, before + count, mask=live)
         sampled = live & (tl.load(samples + i, mask=live, other=0) != 0)
-    token = tl.load(tokens + i, mask=sampled, other=0)
     tl.store(next_token + row, token, mask=sampled)
     index = tl.load(output_index + row, mask=sampled, other=0)
     tl.store(output_index + row, index + 1, mask=sampled)
@@ -220,7 +248,11 @@ def _pick(
     output_index,
     tokens,
     usable,
+    finite,
     upload,
+    box,
+    turn,
+    box_stride,
     scratch,
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -237,6 +269,7 @@ def _pick(
     token = tl.where(fine, tl.load(best + i * blocks + at), 0)
     tl.store(usable + i, fine.to(tl.int32))
     tl.store(tokens + i, token)
+    deliver(box, turn, box_stride, i, token, fine.to(tl.int32), tl.load(finite + i), True)
     row = tl.load(rows + i)
     if row != scratch:
         tl.store(next_token + row, token)
@@ -301,12 +334,15 @@ def begin_decode(
     plan: DecodePlan,
     device: Device,
     *,
-    shortest: int = SHORTEST_ITEM,
+    shortest: int | None = None,
 ) -> None:
     """Inputs of a step with one token for each of `rows` `[S]` int32.
 
-    Writes x `[S, hidden]`, cos and sin `[S, D / 2]` float32, and the plan's items.
+    Writes x `[S, hidden]`, cos and sin `[S, D / 2]` float32, and the plan's items, of `shortest`
+    keys at least (None: as `decode_items` says).
     """
+    if shortest is None:
+        shortest = shortest_item(len(rows), plan.target_items)
     hidden, *constants = embeddings.arguments()
     tokens = embeddings.tokens
     device.launch(
@@ -328,6 +364,7 @@ def begin_decode(
         shortest,
         hidden,
         *constants,
+        PART,
         triton.next_power_of_2(plan.max_seqs),
         device.pdl,
         num_warps=4,
@@ -373,20 +410,24 @@ def begin_ragged(
 
 def advance(
     rows: torch.Tensor,
-    tokens: torch.Tensor,
+    results: torch.Tensor,
     state: SequenceRows,
     upload: torch.Tensor,
+    mailbox: Mailbox,
     device: Device,
     *,
     samples: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
 ) -> None:
-    """Write a step's sampled tokens `[S]` into the rows, count what was computed, and mark the
-    upload (`updates`) as applied.
+    """Write a step's sampled tokens into the rows, count what was computed, hand the results to
+    the host, and mark the upload (`updates`) as applied.
 
-    `samples` and `counts` `[S]` say who sampled and how many tokens each brought; without them
-    everyone brought one and sampled.
+    Args:
+        results: `[3, S]` int32: tokens, usable, finite.
+        samples, counts: `[S]`, who sampled and how many tokens each brought; without them
+            everyone brought one and sampled.
     """
+    tokens, usable, finite = results
     device.launch(
         _advance,
         (1,),
@@ -394,10 +435,15 @@ def advance(
         rows if samples is None else samples,
         rows if counts is None else counts,
         tokens,
+        usable,
+        finite,
         state.next_token,
         state.computed,
         state.output_index,
         upload,
+        mailbox.words,
+        mailbox.turn,
+        mailbox.words.shape[2],
         len(rows),
         state.scratch,
         samples is None,
@@ -412,17 +458,19 @@ def pick_and_advance(
     blocks: int,
     rows: torch.Tensor,
     state: SequenceRows,
-    tokens: torch.Tensor,
-    usable: torch.Tensor,
+    results: torch.Tensor,
     upload: torch.Tensor,
+    mailbox: Mailbox,
     device: Device,
 ) -> None:
     """The greedy end of a decode step: the best token of each row, written back as `advance` does.
 
     Args:
         peaks: of the logits, of `blocks` blocks a row (`linear`).
-        tokens, usable: `[S]` int32, written; see `sampling.sample_tokens`.
+        results: `[3, S]` int32: tokens and usable are written (see `sampling.sample_tokens`),
+            finite is read.
     """
+    tokens, usable, finite = results
     device.launch(
         _pick,
         (len(rows),),
@@ -435,7 +483,11 @@ def pick_and_advance(
         state.output_index,
         tokens,
         usable,
+        finite,
         upload,
+        mailbox.words,
+        mailbox.turn,
+        mailbox.words.shape[2],
         state.scratch,
         triton.next_power_of_2(blocks),
         device.pdl,

@@ -13,13 +13,26 @@ import triton
 import triton.language as tl
 
 from pagelab.kernels.launch import Device, begin
+from pagelab.kernels.mailbox import Mailbox, next_turn
 
 PROGRAMS = 16
 
 
 @triton.jit
-def _apply(upload, arena, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _apply(
+    upload,
+    arena,
+    turn,
+    slots,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURN: tl.constexpr,
+    PDL: tl.constexpr,
+):
     begin(PDL)
+    if TURN:
+        if tl.program_id(0) == 0:
+            next_turn(turn, slots)
     count = tl.load(upload)
     for start in range(tl.program_id(0) * BLOCK, count, PROGRAMS * BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -28,6 +41,23 @@ def _apply(upload, arena, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.c
         tl.store(arena + place, tl.load(upload + 3 + 2 * i, mask=live, other=0), mask=live)
 
 
-def apply_updates(upload: torch.Tensor, arena: torch.Tensor, device: Device) -> None:
-    """Write the upload's changes into the arena (both int32). They must not repeat a place."""
-    device.launch(_apply, (PROGRAMS,), upload, arena, PROGRAMS, 256, device.pdl, num_warps=4)
+def apply_updates(
+    upload: torch.Tensor, arena: torch.Tensor, device: Device, mailbox: Mailbox | None = None
+) -> None:
+    """Write the upload's changes into the arena (both int32). They must not repeat a place.
+
+    With a mailbox a step begins here, and takes the next slot of it.
+    """
+    device.launch(
+        _apply,
+        (PROGRAMS,),
+        upload,
+        arena,
+        upload if mailbox is None else mailbox.turn,
+        0 if mailbox is None else len(mailbox.words),
+        PROGRAMS,
+        256,
+        mailbox is not None,
+        device.pdl,
+        num_warps=4,
+    )

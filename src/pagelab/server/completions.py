@@ -76,7 +76,7 @@ class _Reply:
         self._logprobs: list[CompletionLogprobs] | None = None
         if body.logprobs is not None:
             self._logprobs = [
-                CompletionLogprobs(service.llm.tokenizer, len(echo), body.logprobs)
+                CompletionLogprobs(service.llm.tokenizer, echo, body.logprobs)
                 for echo in self._echoes
             ]
         self._head = {
@@ -95,17 +95,30 @@ class _Reply:
             {
                 "index": number,
                 "text": echo + "".join(delta.text for delta in deltas[number]),
-                "logprobs": None
-                if self._logprobs is None
-                else self._logprobs[number].take(
-                    [token for delta in deltas[number] for token in delta.token_ids],
-                    [entry for delta in deltas[number] for entry in delta.logprobs],
-                ),
+                "logprobs": self._all_logprobs(number, deltas[number]),
                 "finish_reason": deltas[number][-1].finish_reason,
             }
             for number, echo in enumerate(self._echoes)
         ]
         return JSONResponse({**self._head, "choices": choices, "usage": self._generation.usage()})
+
+    def _prompt_logprobs(self, number: int) -> dict[str, list[Any]] | None:
+        stream = self._generation.streams[number // (self._body.n or 1)]
+        if self._logprobs is None or not self._body.echo or stream.prompt_logprobs is None:
+            return None
+        return self._logprobs[number].prompt(stream.prompt_token_ids, stream.prompt_logprobs)
+
+    def _all_logprobs(
+        self, number: int, deltas: list[CompletionDelta]
+    ) -> dict[str, list[Any]] | None:
+        if self._logprobs is None:
+            return None
+        prompt = self._prompt_logprobs(number)
+        output = self._logprobs[number].take(
+            [token for delta in deltas for token in delta.token_ids],
+            [entry for delta in deltas for entry in delta.logprobs],
+        )
+        return output if prompt is None else {key: prompt[key] + output[key] for key in output}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """A chunk a delta, then `[DONE]`."""
@@ -113,10 +126,13 @@ class _Reply:
         with_usage = options is not None and options.include_usage
         usage = {"usage": None} if with_usage else {}
         try:
-            if self._body.echo:
-                for number, echo in enumerate(self._echoes):
-                    yield event({**self._head, "choices": [_choice(number, echo)], **usage})
+            echoed: set[int] = set()
             async for number, delta in self._generation.deltas():
+                if self._body.echo and number not in echoed:
+                    echoed.add(number)  # not before: its log probabilities come with the first
+                    choice = _choice(number, self._echoes[number])
+                    choice["logprobs"] = self._prompt_logprobs(number)
+                    yield event({**self._head, "choices": [choice], **usage})
                 choice = _choice(number, delta.text)
                 if self._logprobs is not None:
                     choice["logprobs"] = self._logprobs[number].take(

@@ -37,17 +37,27 @@ class CompletionLogprobs:
 
     Args:
         tokenizer: gives the tokens' texts.
-        offset: characters of the choice's text before the first token.
+        echo: the prompt's text, where the choice's text begins with it.
         top: how many alternatives were asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, offset: int, top: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, echo: str, top: int) -> None:
         self._tokenizer = tokenizer
-        self._offset = offset
+        self._echo = echo
+        self._offset = len(echo)
         self._top = top
 
+    def prompt(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
+    ) -> dict[str, list[Any]]:
+        """An echoed prompt's; before its first token nothing was to be foreseen: null."""
+        self._offset = 0
+        pieces = self.take(token_ids, logprobs)
+        self._offset = len(self._echo)  # special tokens are no part of the text
+        return pieces
+
     def take(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
     ) -> dict[str, list[Any]]:
         """The next tokens'."""
         pieces: dict[str, list[Any]] = {
@@ -59,14 +69,14 @@ class CompletionLogprobs:
         for token_id, found in zip(token_ids, logprobs, strict=True):
             text = self._text(token_id)
             pieces["tokens"].append(text)
-            pieces["token_logprobs"].append(max(found.chosen, LEAST))
-            alternatives = {
-                self._text(other): max(value, LEAST) for other, value in found.top[: self._top]
-            }
-            pieces["top_logprobs"].append(alternatives)
+            pieces["token_logprobs"].append(None if found is None else max(found.chosen, LEAST))
+            pieces["top_logprobs"].append(None if found is None else self._alternatives(found))
             pieces["text_offset"].append(self._offset)
             self._offset += len(text)
         return pieces
+
+    def _alternatives(self, found: TokenLogprobs) -> dict[str, float]:
+        return {self._text(other): max(value, LEAST) for other, value in found.top[: self._top]}
 
     def _text(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)

@@ -6,21 +6,7 @@ from typing import Any
 
 from pagelab.server.errors import ApiError
 from pagelab.server.schemas import ChatRequest, CompletionRequest, Sampling
-from pagelab.types import SamplingParams
-
-NOT_YET = (
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-)
-"""Fields that the engine cannot honour: refused unless they ask for nothing."""
-
-_NOTHING: tuple[Any, ...] = (None, 0, {}, "")
+from pagelab.types import GuidedDecoding, SamplingParams
 
 
 def to_sampling_params(body: Sampling) -> SamplingParams:
@@ -28,9 +14,8 @@ def to_sampling_params(body: Sampling) -> SamplingParams:
 
     Raises:
         RequestError: a value is out of range.
-        ApiError: a field asks for something that the engine does not have.
+        ApiError: fields contradict each other, or name no token.
     """
-    _refuse_what_is_missing(body)
     given: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -41,10 +26,22 @@ def to_sampling_params(body: Sampling) -> SamplingParams:
         "min_tokens": body.min_tokens,
         "stop_token_ids": body.stop_token_ids,
         "ignore_eos": body.ignore_eos,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": _logit_bias(body),
+        "guided": _guided(body),
         "top_k": None if body.top_k is None else max(0, body.top_k),  # -1 is vLLM's "all"
     }
     fields = {name: value for name, value in given.items() if value is not None}
-    return SamplingParams(**fields, max_tokens=_max_tokens(body), logprobs=_logprobs(body))
+    logprobs = _logprobs(body)
+    echoes = isinstance(body, CompletionRequest) and body.echo
+    return SamplingParams(
+        **fields,
+        max_tokens=_max_tokens(body),
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if echoes else None,
+    )
 
 
 def _max_tokens(body: Sampling) -> int | None:
@@ -62,15 +59,33 @@ def _logprobs(body: Sampling) -> int | None:
     return body.logprobs
 
 
-def _refuse_what_is_missing(body: Sampling) -> None:
-    for name in NOT_YET:
-        value = getattr(body, name)
-        nothing = 1.0 if name == "repetition_penalty" else None
-        if value not in _NOTHING and value != nothing:
-            raise ApiError(400, f"{name} is not supported by this engine", param=name)
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(
-            400, "response_format is not supported by this engine", param="response_format"
-        )
-    if isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None:
-        raise ApiError(400, "logprobs of an echoed prompt are not supported", param="echo")
+def _logit_bias(body: Sampling) -> dict[int, float] | None:
+    """JSON has only texts as keys."""
+    found: dict[int, float] = {}
+    for token, bias in (body.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise ApiError(400, f"logit_bias: {token!r} is no token id", param="logit_bias")
+        found[int(token)] = bias
+    return found or None
+
+
+def _guided(body: Sampling) -> GuidedDecoding | None:
+    """`response_format` or one of vLLM's `guided_…`."""
+    given: dict[str, Any] = {
+        "json_schema": body.guided_json,
+        "regex": body.guided_regex,
+        "choice": body.guided_choice,
+        "grammar": body.guided_grammar,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    format_ = body.response_format
+    if format_ is not None and format_.type != "text":
+        if asked:
+            raise ApiError(
+                400, "give response_format or a guided_… field, not both", param="response_format"
+            )
+        if format_.type == "json_object":
+            return GuidedDecoding(json_object=True)
+        assert format_.json_schema is not None
+        return GuidedDecoding(json_schema=format_.json_schema.schema_)
+    return GuidedDecoding(**asked) if asked else None

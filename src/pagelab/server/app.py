@@ -19,6 +19,7 @@ from pagelab.server.page_map import PageMap
 from pagelab.server.service import Service
 from pagelab.server.settings import ServerSettings
 from pagelab.server.sse import ClientGoneError
+from pagelab.server.turnstile import Turnstile
 
 _LAG_EVERY_S = 0.05
 
@@ -76,6 +77,7 @@ def make_app(
     app.add_middleware(
         Access, api_keys=settings.api_keys, max_body_bytes=settings.limits.max_body_bytes
     )
+    app.add_middleware(Turnstile)
     return app
 
 
@@ -88,5 +90,4 @@ async def _watch_loop(metrics: ServerMetrics) -> None:
     while True:
         before = time.monotonic()
         await asyncio.sleep(_LAG_EVERY_S)
-        lag = time.monotonic() - before - _LAG_EVERY_S
-        metrics.loop_lag_s = max(metrics.loop_lag_s, lag)
+        metrics.loop_lag.observe(time.monotonic() - before - _LAG_EVERY_S)

@@ -19,6 +19,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768)
 
 
@@ -27,7 +28,6 @@ class ServerMetrics:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self.registry = CollectorRegistry()
-        self.loop_lag_s = 0.0  # the longest that the event loop was late
         self._recent: list[tuple[float, float, list[float]]] = []  # (end, TTFT, gaps)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -40,6 +40,9 @@ class ServerMetrics:
         self._queue = histogram("queue_seconds", "Arrival to the first step.", _WAITS)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._output = histogram("request_output_tokens", "Tokens of all its answers.", _TOKENS)
+        self.loop_lag = histogram(
+            "event_loop_lag_seconds", "How late the event loop is, asked 20 times a second.", _LAGS
+        )
         self._requests = Counter(
             "pagelab_requests_ended", "Requests by their end.", ["end"], registry=self.registry
         )
@@ -50,7 +53,7 @@ class ServerMetrics:
             self._requests.labels(end)
         for kind in ("prompt", "cached_prompt", "output"):
             self._tokens.labels(kind)
-        self.registry.register(_EngineCollector(llm, self))
+        self.registry.register(_EngineCollector(llm))
 
     def text(self) -> bytes:
         """What Prometheus reads."""
@@ -106,9 +109,8 @@ class ServerMetrics:
 class _EngineCollector(Collector):
     """The engine's own figures, as of the moment when somebody asks."""
 
-    def __init__(self, llm: AsyncLLM, metrics: ServerMetrics) -> None:
+    def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self._metrics = metrics
 
     def describe(self) -> list[Any]:
         return []
@@ -121,11 +123,6 @@ class _EngineCollector(Collector):
         restarts = CounterMetricFamily("pagelab_engine_restarts", "Engine processes that died.")
         restarts.add_metric([], llm.num_restarts)
         yield restarts
-        lag = GaugeMetricFamily(
-            "pagelab_event_loop_lag_seconds_max", "The longest that the event loop was late."
-        )
-        lag.add_metric([], self._metrics.loop_lag_s)
-        yield lag
         if llm.stats is not None:
             yield from _of_stats(llm, llm.stats)
 

@@ -87,7 +87,8 @@ def run_server(
             announcing.cancel()
             await asyncio.gather(announcing, *tasks, return_exceptions=True)
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:  # uvloop, if there
+        runner.run(main())
     if failures:
         raise failures[0]
 

@@ -16,6 +16,10 @@ from pagelab.server.errors import of_exception
 
 T = TypeVar("T")
 
+_encode = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
+).encode
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -25,8 +29,7 @@ class ClientGoneError(Exception):
 
 def event(data: Any) -> bytes:
     """One event with JSON in it."""
-    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return b"data: " + body.encode(errors="replace") + b"\n\n"
+    return b"data: " + _encode(data).encode(errors="replace") + b"\n\n"
 
 
 class EventStream(Response):

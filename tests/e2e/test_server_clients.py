@@ -1,4 +1,4 @@
-"""The server through the clients that people use: the `openai` package, curl, schemathesis."""
+"""The server through the clients that people use: `openai`, LangChain, curl, schemathesis."""
 
 from __future__ import annotations
 
@@ -216,6 +216,21 @@ def test_curl_streams(server: RunningServer) -> None:
     assert events[-1] == "data: [DONE]"
     texts = [json.loads(e.removeprefix("data: "))["choices"][0]["text"] for e in events[:-1]]
     assert "".join(texts) == expected("abc", 3)
+
+
+def test_langchain(server: RunningServer) -> None:
+    langchain_openai = pytest.importorskip("langchain_openai")
+    whole = expected(CHAT_PROMPT, 200)
+    stop = next(c for c in whole[20:] if c.isprintable() and c != "\ufffd")
+    chat = langchain_openai.ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", model="toy", temperature=0, max_tokens=300,
+        stop_sequences=[stop], extra_body=IGNORE_EOS, max_retries=0,
+    )  # fmt: skip
+    said = chat.invoke([("user", "hello")])
+    assert said.content == whole[: whole.index(stop)]
+    assert said.usage_metadata["output_tokens"] > 0
+    assert "".join(part.content for part in chat.stream("hello")) == said.content
+    assert [m.content for m in chat.batch(["hello", "hello"])] == [said.content] * 2
 
 
 @pytest.mark.slow

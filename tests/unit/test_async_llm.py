@@ -291,7 +291,12 @@ def test_watched_blocks_add_up_to_the_ledger() -> None:
         held = {block: now for block, now in watcher.holder.items() if now[0] >= 0}
         assert sum(now[2] for now in held.values()) == news.stats.ledger.live
         assert {row.number for row in news.rows} == {now[0] for now in held.values()}
-        block = news.rows[0].block_ids[0]
+        tables: dict[str, tuple[int, ...]] = {}
+        for each in watcher.news:
+            for row in each.rows:
+                tables[row.request_id] = tables.get(row.request_id, ())[: row.kept] + row.block_ids
+        assert sorted(block for table in tables.values() for block in table) == sorted(held)
+        block = tables[news.rows[0].request_id][0]
         facts = await llm.describe_block(block)
         assert facts is not None
         assert facts.holders == ((news.rows[0].request_id, 0),)

@@ -15,13 +15,15 @@ MOST_ROWS = 400
 """Sequences that a list names; more of them wait unnamed."""
 
 _MOST_HOLDERS = 10
+_FREE = (FREE, 0, 0)
 
 
 class BlockWatch:
     """Follows the KV manager while somebody looks.
 
     Between two looks it only notes which blocks changed hands (0.1 µs a block). A look costs
-    O(blocks that changed + running sequences): 0.3 ms for 256 of them, a few times a second.
+    O(blocks that changed + running sequences), a few times a second
+    (`benchmarks/page_map_cost.py`).
     """
 
     def __init__(self, core: EngineCore) -> None:
@@ -32,6 +34,7 @@ class BlockWatch:
         self._sequences: dict[BlockId, dict[SequenceId, None]] = {}
         self._touched: set[BlockId] = set(core.kv.pool.cached_blocks())
         self._told: dict[BlockId, tuple[int, int, int]] = {}
+        self._told_tables: dict[SequenceId, int] = {}  # how many of its blocks a row has named
         self._seen: dict[SequenceId, int] = {}  # running → tokens computed at the last look
         self._everything = True
         self.changed = True
@@ -55,6 +58,7 @@ class BlockWatch:
         """The KV manager's word."""
         self.changed = True
         self._touched.update(block_ids)
+        self._told_tables.pop(sequence_id, None)  # it is not the old table with more at its end
         for block_id in block_ids:
             sequences = self._sequences[block_id]
             del sequences[sequence_id]
@@ -75,17 +79,18 @@ class BlockWatch:
             block_ids = self._core.kv.block_ids(sequence.id)
             self._touched.update(block_ids[first : -(-computed // pool.block_size)])
         blocks = []
-        for block_id in sorted(self._touched):
-            now = (self._holder(block_id), pool.ref_count(block_id), pool.written(block_id))
-            if self._told.get(block_id, (FREE, 0, 0)) != now:
-                self._told[block_id] = now
-                blocks.append((int(block_id), *now))
+        told, holder, refs, written = self._told, self._holder, pool.ref_count, pool.written
+        for block_id in self._touched:
+            now = (holder(block_id), refs(block_id), written(block_id))
+            if told.get(block_id, _FREE) != now:
+                told[block_id] = now
+                blocks.append((block_id, *now))
         self._touched.clear()
         listed = (*running, *scheduler.waiting[: max(0, MOST_ROWS - len(running))])[:MOST_ROWS]
         rows = tuple(self._row(sequence) for sequence in listed)
         everything, self._everything, self.changed = self._everything, False, False
         unlisted = len(running) + len(scheduler.waiting) - len(listed)
-        self._forget_numbers(rows)
+        self._forget(rows)
         return BlockNews(everything, tuple(blocks), rows, unlisted, stats)
 
     def _holder(self, block_id: BlockId) -> int:
@@ -100,8 +105,11 @@ class BlockWatch:
             number = self._numbers[request_id] = next(self._next)
         return number
 
-    def _forget_numbers(self, rows: SequenceOf[RequestRow]) -> None:
+    def _forget(self, rows: SequenceOf[RequestRow]) -> None:
         """Requests that have ended need no number; looked for only when many are kept."""
+        if len(self._told_tables) > 2 * len(rows):
+            listed = {(row.request_id, row.sample) for row in rows}
+            self._told_tables = {k: v for k, v in self._told_tables.items() if k in listed}
         if len(self._numbers) > 4 * MOST_ROWS:
             kept = {row.request_id for row in rows}
             kept.update(s.request_id for held in self._sequences.values() for s in held)
@@ -109,6 +117,9 @@ class BlockWatch:
 
     def _row(self, sequence: Sequence) -> RequestRow:
         request, kv = sequence.request, self._core.kv
+        table = kv.block_ids(sequence.id) if kv.holds(sequence.id) else ()
+        kept = min(self._told_tables.get(sequence.id, 0), len(table))
+        self._told_tables[sequence.id] = len(table)
         return RequestRow(
             self._number(request.id),
             request.id,
@@ -121,7 +132,8 @@ class BlockWatch:
             request.metrics.num_cached_tokens,
             request.metrics.num_preemptions,
             request.metrics.arrival_time,
-            tuple(kv.block_ids(sequence.id)) if kv.holds(sequence.id) else (),
+            kept,
+            table[kept:],
         )
 
 

@@ -138,7 +138,10 @@ class News(NamedTuple):
 
 
 class RequestRow(NamedTuple):
-    """One sequence in the page map's list."""
+    """One sequence in the page map's list.
+
+    Its block table is the first `kept` blocks of what the row before said, then `block_ids`.
+    """
 
     number: int
     request_id: str
@@ -151,6 +154,7 @@ class RequestRow(NamedTuple):
     cached_tokens: int
     preemptions: int
     arrival_time: float
+    kept: int
     block_ids: tuple[int, ...]
 
 

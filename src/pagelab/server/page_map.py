@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from pagelab.engine.async_llm import AsyncLLM
-from pagelab.engine.messages import BlockNews, EngineInfo, StepStats
+from pagelab.engine.messages import BlockNews, EngineInfo, RequestRow, StepStats
 from pagelab.engine.request_stream import RequestStream
 from pagelab.metrics import percentile
 from pagelab.server.metrics import ServerMetrics
@@ -40,6 +40,7 @@ class PageMap:
         self._llm = llm
         self._metrics = metrics
         self._blocks: dict[int, tuple[int, int, int]] = {}
+        self._tables: dict[tuple[str, int], tuple[int, ...]] = {}
         self._last: BlockNews | None = None
         self._clients: set[asyncio.Queue[bytes]] = set()
         self._closed = asyncio.Event()
@@ -64,6 +65,7 @@ class PageMap:
     def started(self, info: EngineInfo) -> None:
         """A new engine has an empty pool."""
         self._blocks.clear()
+        self._tables.clear()
         self._last = None
         self._tell(self._everything())
 
@@ -77,8 +79,16 @@ class PageMap:
                 self._blocks.pop(block, None)
             else:
                 self._blocks[block] = state
+        before, self._tables = self._tables, {}
+        for row in news.rows:
+            key = (row.request_id, row.sample)
+            kept = before.get(key, ())[: row.kept]
+            self._tables[key] = kept + row.block_ids if row.block_ids else kept
         self._last = news
-        self._tell(self._event("all" if news.everything else "change", news.blocks))
+        if news.everything:
+            self._tell(self._everything())
+        else:
+            self._tell(self._event("change", news.blocks))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Everything, then changes, until the client goes."""
@@ -93,7 +103,7 @@ class PageMap:
                     async with asyncio.timeout(_STATUS_EVERY_S):
                         data = await client.get()
                 except TimeoutError:
-                    data = self._event("change", ())
+                    data = self._event("idle", ())
                 if client.qsize() > _BEHIND:
                     while not client.empty():
                         client.get_nowait()
@@ -131,10 +141,17 @@ class PageMap:
                 "ttft": [percentile(ttfts, q) for q in (50, 95)] if ttfts else None,
                 "itl": [percentile(gaps, q) for q in (50, 95)] if gaps else None,
             }
-        if last is not None:
+        if last is not None and kind != "idle":
             now = time.perf_counter()
             data["unlisted"] = last.num_unlisted
             data["requests"] = [
-                [*row[:10], round(now - row.arrival_time, 2), row.block_ids] for row in last.rows
+                [*row[:10], round(now - row.arrival_time, 2), *self._table(row, kind == "all")]
+                for row in last.rows
             ]
         return event(data)
+
+    def _table(self, row: RequestRow, everything: bool) -> tuple[int, tuple[int, ...]]:
+        """How much of its table a page knows, and the rest."""
+        if everything:
+            return 0, self._tables[row.request_id, row.sample]
+        return row.kept, row.block_ids

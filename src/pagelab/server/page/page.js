@@ -44,9 +44,12 @@
       view.written[blocks[i]] = blocks[i + 3];
     }
     if (data.requests) {
+      const before = new Map(view.order.map((row) => [`${row.id}#${row.sample}`, row.table]));
       view.rows = new Map();
       view.order = data.requests.map((row) => {
-        const [number, id, sample, state, prompt, output, most, computed, cached, preempted, age, table] = row;
+        const [number, id, sample, state, prompt, output, most, computed, cached, preempted, age, kept, added] = row;
+        const old = kept ? before.get(`${id}#${sample}`) || [] : [];
+        const table = old.slice(0, kept).concat(added);
         const found = { number, id, sample, state, prompt, output, most, computed, cached, preempted, age, table };
         if (!view.rows.has(number)) view.rows.set(number, found);
         return found;

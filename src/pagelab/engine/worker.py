@@ -62,8 +62,8 @@ Loaded = tuple[EngineCore, EngineInfo, Constrain | None]
 """What a factory gives."""
 
 LOOK_SHARE = 120
-"""A look at the blocks waits for so many times as long as the last one took: under 1 % of the time,
-whatever the pool and the pace of steps. (With 256 sequences and steps of 1 ms a look takes 7 ms.)"""
+"""A look at the blocks waits for so many times as long as the last one took: under 1 % of the
+time, whatever the pool and the pace of steps (7 ms with 256 sequences and steps of 1 ms)."""
 
 MOST_FAILURES = 5
 """Failed steps in a row after which the process gives up, to be started anew."""

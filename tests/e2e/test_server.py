@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ def server() -> Iterator[RunningServer]:
     with running(step_s=0.002) as server:
         yield server
 
+
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana-dashboard.json"
 
 Answer = tuple[int, dict[str, str], Any]
 
@@ -362,3 +365,18 @@ class _At(RunningServer):
 
     def __init__(self, port: int) -> None:
         self.port = port
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server: RunningServer) -> None:
+    complete(server, "abc")
+    text = call(server, "GET", "/metrics")[2]
+    known = set(re.findall(r"^(pagelab_\w+)", text, re.MULTILINE))
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = [
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"pagelab_\w+", target["expr"])
+    ]
+    assert len(asked) > 20
+    assert set(asked) <= known

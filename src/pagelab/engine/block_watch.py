@@ -31,8 +31,8 @@ class BlockWatch:
         self._changes: list[tuple[bool, SequenceId, tuple[BlockId, ...]]] = []  # since a look
         self._numbers: dict[str, int] = {}  # request id → its number as a holder
         self._next = itertools.count()
-        # of each held block its sequences, the first to take it first
-        self._sequences: dict[BlockId, dict[SequenceId, None]] = {}
+        self._first: dict[BlockId, SequenceId] = {}  # held block → who took it first
+        self._others: dict[BlockId, list[SequenceId]] = {}  # and who shares it
         self._touched: set[BlockId] = set(core.kv.pool.cached_blocks())
         self._told: dict[BlockId, tuple[int, int, int]] = {}
         self._told_tables: dict[SequenceId, int] = {}  # how many of its blocks a row has named
@@ -92,24 +92,31 @@ class BlockWatch:
     def _take_changes(self) -> None:
         """Work off what the KV manager said, in its order."""
         changes, self._changes = self._changes, []
-        sequences, touched = self._sequences, self._touched
+        first, touched = self._first, self._touched
         for took, sequence_id, block_ids in changes:
             touched.update(block_ids)
             if took:
                 for block_id in block_ids:
-                    sequences.setdefault(block_id, {})[sequence_id] = None
+                    if first.setdefault(block_id, sequence_id) is not sequence_id:
+                        self._others.setdefault(block_id, []).append(sequence_id)
                 continue
             self._told_tables.pop(sequence_id, None)  # not the old table with more at its end
             for block_id in block_ids:
-                holders = sequences[block_id]
-                del holders[sequence_id]
-                if not holders:
-                    del sequences[block_id]
+                others = self._others.get(block_id)
+                if first[block_id] != sequence_id:
+                    assert others is not None
+                    others.remove(sequence_id)
+                elif others:
+                    first[block_id] = others.pop(0)
+                else:
+                    del first[block_id]
+                if others is not None and not others:
+                    del self._others[block_id]
 
     def _holder(self, block_id: BlockId) -> int:
-        sequences = self._sequences.get(block_id)
-        if sequences:
-            return self._number(next(iter(sequences)).request_id)
+        first = self._first.get(block_id)
+        if first is not None:
+            return self._number(first.request_id)
         return CACHED if self._core.kv.pool.is_cached(block_id) else FREE
 
     def _number(self, request_id: str) -> int:
@@ -125,7 +132,7 @@ class BlockWatch:
             self._told_tables = {k: v for k, v in self._told_tables.items() if k in listed}
         if len(self._numbers) > 4 * MOST_ROWS:
             kept = {row.request_id for row in rows}
-            kept.update(s.request_id for held in self._sequences.values() for s in held)
+            kept.update(sequence_id.request_id for sequence_id in self._first.values())
             self._numbers = {k: v for k, v in self._numbers.items() if k in kept}
 
     def _row(self, sequence: Sequence) -> RequestRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -39,9 +40,15 @@ class Reporter:
         kv_live_bytes: int = 0,
         device_bytes: int | None = None,
     ) -> None:
-        """A named moment, with the K/V bytes in allocations and those that hold tokens."""
+        """A named moment, with the K/V bytes in allocations and those that hold tokens.
+
+        `device_bytes` is for where NVML does not know this process; None: what torch's allocator
+        has of a GPU.
+        """
         if self._muted:
             return
+        if device_bytes is None:
+            device_bytes = _bytes_of_torch()
         self._channel.send(
             {
                 "event": "stage",
@@ -62,6 +69,13 @@ class Reporter:
             self._channel.send(
                 {"event": "progress", "workload": workload, "done": done, "total": total}
             )
+
+
+def _bytes_of_torch() -> int | None:
+    torch = sys.modules.get("torch")  # whoever uses a GPU has imported it
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.memory_reserved())
 
 
 class Method(ABC):

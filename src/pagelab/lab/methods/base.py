@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from pagelab.lab.protocol import Channel, Job
 from pagelab.results import KVCapacity, WorkloadRun
 from pagelab.workloads import Workload
+
+RUNS_BEFORE_ON_GPU = 2
+"""Of every workload: a shape's CUDA graph is captured when it comes for the second time."""
 
 
 class Reporter:
@@ -71,11 +75,25 @@ class Reporter:
             )
 
 
+def _gpu_in_use() -> bool:
+    """Whether this process computes on a GPU: then it has imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
+
+
 def _bytes_of_torch() -> int | None:
-    torch = sys.modules.get("torch")  # whoever uses a GPU has imported it
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    return int(torch.cuda.memory_reserved())
+    return int(sys.modules["torch"].cuda.memory_reserved()) if _gpu_in_use() else None
+
+
+def _backwards(workload: Workload) -> Workload:
+    """The same lengths, all there at the start, with every prompt's tokens in reverse order."""
+    requests = tuple(
+        dataclasses.replace(
+            request, prompt_token_ids=request.token_ids[::-1], prompt_text=None, arrival_s=0.0
+        )
+        for request in workload.requests
+    )
+    return dataclasses.replace(workload, requests=requests)
 
 
 class Method(ABC):
@@ -102,5 +120,14 @@ class Method(ABC):
         return 0, 0
 
     def warm_up(self) -> None:
-        """Do everything once that is slow the first time; time counts as warm-up."""
+        """Do everything once that is slow the first time; time counts as warm-up.
+
+        On a GPU every shape of a step is slow the first time (kernels are loaded or compiled,
+        graphs captured), so the workloads themselves run before they are measured, with other
+        tokens: nothing that is cached of them serves the measured run.
+        """
         self.run(self.job.warm_up)
+        if _gpu_in_use():
+            for _ in range(RUNS_BEFORE_ON_GPU):
+                for workload in self.job.workloads:
+                    self.run(_backwards(workload))

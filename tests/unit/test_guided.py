@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pagelab.engine.guided import GrammarCompiler
 from pagelab.engine.llm import LLM
 from pagelab.errors import ConfigError, RequestError
+from pagelab.models.fetch import ModelSource
 from pagelab.types import FinishReason, GuidedDecoding, RequestOutput, SamplingParams
 from tests.support.engines import greedy
 from tests.support.tiny_models import EOS, VOCAB, byte_tokenizer, tiny_gguf, tiny_model
@@ -208,6 +209,17 @@ def test_a_stop_id_counts_where_the_text_is_complete(llm: LLM) -> None:
     assert output.token_ids == (*b"abb",)
 
 
+def test_a_grammar_that_leads_nowhere_fails_its_own_request_only(llm: LLM) -> None:
+    (want,) = llm.generate([[1, 2]], greedy(8))
+    dead_end = params(GuidedDecoding(grammar='start: "a" D\nD: /[^\\s\\S]/'), n=2)
+    bad, good = llm.generate([[3], [1, 2]], [dead_end, greedy(8)])
+    for each in bad.outputs:
+        assert each.finish_reason is FinishReason.ERROR
+        assert each.error == "guided decoding failed: no text fits the grammar from here on"
+    assert good.token_ids == want.token_ids
+    assert llm.core.kv.pool.num_held == 0
+
+
 def test_compiled_grammars_are_kept_and_their_copies_are_independent() -> None:
     from pagelab.models.tokenizer import Tokenizer
 
@@ -230,3 +242,19 @@ def test_a_model_without_an_end_cannot_be_guided() -> None:
 
     with pytest.raises(RequestError, match="end-of-sequence"):
         GrammarCompiler(Tokenizer(byte_tokenizer()), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def real(default_model: ModelSource) -> LLM:
+    return LLM(kv_memory="64MiB", device="cpu", dtype="float32", max_model_len=256)
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("guided", KINDS[:4])
+def test_the_default_model_answers_in_the_form_asked_for(real: LLM, guided: GuidedDecoding) -> None:
+    question = [{"role": "user", "content": "Invent a person. Answer as JSON."}]
+    asked = params(guided, temperature=0.8, n=3, max_tokens=60)
+    (output,) = real.chat(question, asked)
+    check(output, guided)
+    if guided.json_schema is not None:
+        assert any(each.finish_reason is FinishReason.STOP for each in output.outputs)

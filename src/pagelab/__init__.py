@@ -15,6 +15,7 @@ from pagelab.errors import PageLabError
 from pagelab.types import (
     CompletionOutput,
     FinishReason,
+    GuidedDecoding,
     RequestMetrics,
     RequestOutput,
     SamplingParams,
@@ -29,6 +30,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "FinishReason",
+    "GuidedDecoding",
     "PageLabError",
     "RequestMetrics",
     "RequestOutput",

@@ -5,12 +5,14 @@ Plain data without torch, picklable, so that it can cross a process boundary.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, NewType
+from typing import Any, NamedTuple, NewType
 
 from pagelab.errors import RequestError
 
@@ -44,6 +46,66 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuidedDecoding:
+    """What a text must look like: exactly one of these. Needs `pip install 'pagelab[guided]'`.
+
+    Attributes:
+        json_schema: a JSON schema, as its text or as what `json.loads` makes of it (kept as text).
+        json_object: any JSON object.
+        regex: a regular expression (Rust's syntax) that the whole text matches.
+        choice: the text is one of these.
+        grammar: a context-free grammar, in llguidance's Lark syntax or in GBNF (`root ::= …`).
+
+    Raises:
+        RequestError: none or several are given, or one is of the wrong type. What is wrong inside
+            of a schema, expression or grammar is found when the request is added.
+    """
+
+    json_schema: str | bool | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: SequenceOf[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"json_object is True or False, not {self.json_object!r}")
+        texts = (self.json_schema, self.regex, self.choice, self.grammar)
+        if sum(text is not None for text in texts) + self.json_object != 1:
+            raise RequestError(
+                "guided decoding takes exactly one of json_schema, json_object, regex, choice and "
+                "grammar"
+            )
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _json_text(self.json_schema))
+        for name, text in (("regex", self.regex), ("grammar", self.grammar)):
+            if text is not None and not isinstance(text, str):
+                raise RequestError(f"{name} must be a text, not {text!r}")
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+
+
+def _json_text(schema: object) -> str:
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        if not isinstance(schema, Mapping | bool):
+            raise RequestError(f"json_schema must be an object, not {schema!r}")
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"json_schema is no JSON: {error}") from error
+
+
+def _choices(choice: object) -> tuple[str, ...]:
+    several = isinstance(choice, SequenceOf) and not isinstance(choice, str)
+    if not several or not choice or any(not isinstance(text, str) or not text for text in choice):  # type: ignore[attr-defined]
+        raise RequestError("choice must be a list of at least one text, none of them empty")
+    return tuple(choice)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens, and when to stop. Checked when constructed.
 
@@ -62,7 +124,17 @@ class SamplingParams:
         ignore_eos: go on past end-of-sequence until `max_tokens` (for timing).
         logprobs: with each token, the log probabilities of this many most probable tokens
             (0: of the chosen one only); None: no log probabilities. They are the model's own,
-            before temperature and filters.
+            before penalties, bias, guidance, temperature and filters.
+        prompt_logprobs: the same for the prompt's tokens, in `RequestOutput.prompt_logprobs`. Such
+            a request reads nothing from the prefix cache.
+        repetition_penalty: of each token in prompt or output, a positive logit is divided by this
+            and another one multiplied; 1 changes nothing, more discourages.
+        presence_penalty: subtracted from the logit of each token in the output; -2 to 2.
+        frequency_penalty: subtracted as often as the token is in the output; -2 to 2.
+        logit_bias: by token id, what is added to its logit after the penalties; -100 to 100.
+        guided: what the text must look like. Not together with `stop`.
+
+    How they work together: docs/sampling.md.
 
     Raises:
         RequestError: a value is out of its range.
@@ -80,6 +152,12 @@ class SamplingParams:
     stop_token_ids: SequenceOf[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    guided: GuidedDecoding | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -105,10 +183,44 @@ class SamplingParams:
             _require_int("seed", self.seed, at_least=None)
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, at_least=0)
+        if self.prompt_logprobs is not None:
+            _require_int("prompt_logprobs", self.prompt_logprobs, at_least=0)
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError("stop must be non-empty strings")
         for token in self.stop_token_ids:
             _require_int("stop_token_ids", token, at_least=0)
+        self._check_logits()
+
+    def _check_logits(self) -> None:
+        """Check what changes logits, and keep the bias as a dictionary of its own."""
+        _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        if self.repetition_penalty == 0:
+            raise RequestError("repetition_penalty must be above 0 (1 changes nothing)")
+        _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise RequestError("logit_bias is a dictionary: token id → what to add")
+            for token, bias in self.logit_bias.items():
+                _require_int("a token id of logit_bias", token, at_least=0)
+                _require_number(f"logit_bias of token {token}", bias, -100.0, 100.0)
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias) or None)
+        if self.guided is not None and not isinstance(self.guided, GuidedDecoding):
+            raise RequestError(f"guided must be a GuidedDecoding, not {self.guided!r}")
+        if self.guided is not None and self.stop:
+            raise RequestError(
+                "stop and guided cannot go together: a text that is cut need not be what guided "
+                "asks for, and a grammar says itself where the text ends"
+            )
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens before them."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
     @property
     def greedy(self) -> bool:
@@ -188,6 +300,8 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     metrics: RequestMetrics
     finished: bool
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """One for each token of the prompt, None for the first, which nothing comes before."""
 
     @property
     def text(self) -> str:

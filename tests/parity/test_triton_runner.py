@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the GPU's runner needs Triton")
 import torch
 
 from pagelab.engine.llm import LLM
-from pagelab.types import BlockId, FinishReason, RequestOutput, SamplingParams
+from pagelab.types import BlockId, FinishReason, GuidedDecoding, RequestOutput, SamplingParams
 from tests.support.engines import greedy
 from tests.support.gpu_runners import gpu_runner_of
 from tests.support.paged import DEVICE, HALF
@@ -181,6 +181,66 @@ def test_conditions_and_log_probabilities_are_the_cpus() -> None:
             assert [token for token, _ in a.top] == [token for token, _ in b.top]
             assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=1e-4)
     assert got[2].outputs[0].logprobs is None
+
+
+def test_changed_logits_guidance_and_prompts_are_the_cpus() -> None:
+    pytest.importorskip("llguidance", reason="guided decoding needs the extra pagelab[guided]")
+    plain, kinds = (
+        greedy(STEPS),
+        [
+            replace(greedy(STEPS), repetition_penalty=50.0, logprobs=1),
+            replace(greedy(STEPS), frequency_penalty=2.0, presence_penalty=2.0, prompt_logprobs=2),
+            replace(
+                greedy(STEPS), logit_bias={7: 6.0}, min_tokens=2, stop_token_ids=[*range(200), 263]
+            ),
+            SamplingParams(max_tokens=8, seed=3, guided=GuidedDecoding(choice=["ab", "cad"]), n=2),
+        ],
+    )
+    prompts = [SHORT, LONG, MIDDLE, SHORT, MIDDLE]
+    got = engine("llama", max_steps_in_flight=3, max_num_seqs=6).generate(prompts, [*kinds, plain])
+    want = cpu_engine("llama", max_num_seqs=6).generate(prompts, [*kinds, plain])
+    for ours, theirs in zip(got, want, strict=True):
+        assert [o.token_ids for o in ours.outputs] == [o.token_ids for o in theirs.outputs]
+        assert [o.finish_reason for o in ours.outputs] == [o.finish_reason for o in theirs.outputs]
+    assert {each.text for each in got[3].outputs} <= {"ab", "cad"}
+    first = got[0].outputs[0].logprobs, want[0].outputs[0].logprobs
+    for a, b in [*zip(*(rows or () for rows in first), strict=True)]:
+        assert a.chosen == pytest.approx(b.chosen, abs=1e-4)
+        assert a.top[0] == pytest.approx(b.top[0], abs=1e-4)  # the model's own
+    rows = zip(got[1].prompt_logprobs or (), want[1].prompt_logprobs or (), strict=True)
+    assert len(got[1].prompt_logprobs or ()) == len(LONG)
+    for found, wanted in [*rows][1:]:
+        assert found is not None
+        assert wanted is not None
+        assert found.chosen == pytest.approx(wanted.chosen, abs=1e-4)
+        assert [token for token, _ in found.top] == [token for token, _ in wanted.top]
+
+
+def test_logits_that_cannot_be_changed_fail_their_own_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = engine("qwen2", max_steps_in_flight=2)
+    monkeypatch.setattr("pagelab.execution.logits.process.penalize", fail)
+    bad = replace(greedy(STEPS), presence_penalty=1.0)
+    failed, fine = llm.generate([MIDDLE, SHORT], [bad, greedy(STEPS)])
+    assert failed.finish_reason is FinishReason.ERROR
+    assert "RuntimeError: no memory" in (failed.outputs[0].error or "")
+    assert fine.token_ids == answer("qwen2", SHORT)
+
+
+def test_steps_that_change_logits_are_never_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine("qwen2")
+    ran: list[object] = []
+
+    def noted(key: object, work: Callable[[], None]) -> None:
+        ran.append(key)
+        work()
+
+    monkeypatch.setattr(gpu_runner_of(llm).graphs, "run", noted)
+    llm.generate([SHORT], replace(greedy(2), logit_bias={3: 1.0}))
+    assert not ran
+    llm.generate([SHORT], greedy(2))
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])

@@ -11,7 +11,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from pagelab.scheduling.batch import Batch, StepResult
+from pagelab.scheduling.batch import Batch, ScheduledSequence, StepResult
 from pagelab.types import SampledToken, SequenceId
 
 EMPTY = 1 << 40
@@ -69,13 +69,18 @@ class ToyRunner:
             elif part.samples:
                 context = [self.slots[self._slot(part.block_ids, p)] for p in range(part.end)]
                 assert EMPTY not in context, f"{part.sequence_id} reads a slot nobody wrote"
-                seed = 0 if part.params.greedy else part.position_seed[0]
-                token = next_token(context, seed, self.vocab_size)
-                while token in part.suppressed:
-                    token = (token + 1) % self.vocab_size
+                token = self.choose(part, context)
                 sampled[part.sequence_id] = SampledToken(token)
                 self._last[part.sequence_id] = token
         return StepResult(handle.step, sampled, errors)
+
+    def choose(self, part: ScheduledSequence, context: Sequence[int]) -> int:
+        """The token that a sequence samples after this context."""
+        seed = 0 if part.params.greedy else part.position_seed[0]
+        token = next_token(context, seed, self.vocab_size)
+        while token in part.suppressed:
+            token = (token + 1) % self.vocab_size
+        return token
 
     def _slot(self, block_ids: Sequence[int], position: int) -> int:
         return block_ids[position // self.block_size] * self.block_size + (

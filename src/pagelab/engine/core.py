@@ -8,7 +8,7 @@ import operator
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from pagelab.errors import RequestError, RequestTooLongError
 from pagelab.memory.allocators import Allocator, Demand
 from pagelab.memory.kv_manager import KVManager
 from pagelab.scheduling.batch import Batch, StepResult
+from pagelab.scheduling.constraint import Constraint
 from pagelab.scheduling.scheduler import Scheduler
 from pagelab.scheduling.sequence import PreemptionRecord, Request, TokenEvent
 from pagelab.types import FinishReason, RequestId, RequestMetrics, SamplingParams, SequenceId
@@ -90,6 +91,11 @@ class EngineCore:
         self._arrivals = itertools.count()
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The model's end-of-sequence tokens."""
+        return tuple(sorted(self.scheduler.eos_token_ids))
+
+    @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` still has something to do."""
         return self.scheduler.has_work or bool(self._in_flight)
@@ -103,8 +109,11 @@ class EngineCore:
         priority: int = 0,
         arrival_time: float | None = None,
         output_tokens: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Request:
         """Queue a request. Lower priorities are served first.
+
+        `constraint` is what `params.guided` became (`engine.guided`); required where that is set.
 
         `output_tokens` is for replays: the request ends after so many tokens at the latest,
         although `max_tokens` allows more, and the allocators that need to know that may.
@@ -114,11 +123,10 @@ class EngineCore:
             RequestTooLongError: it could never fit into the model's length or the pool.
         """
         prompt = self._checked_prompt(prompt_token_ids)
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise RequestError(
-                    f"stop token id {token} is no token of this model (0 to {self.vocab_size - 1})"
-                )
+        self._check_tokens("stop token id", params.stop_token_ids)
+        self._check_tokens("logit_bias: token id", params.logit_bias or ())
+        if params.guided is not None and constraint is None:
+            raise RequestError("guided decoding needs a grammar made by pagelab.engine.guided")
         max_output = self._checked_length(len(prompt), params, output_tokens)
         index = next(self._arrivals)
         identity = RequestId(request_id if request_id is not None else str(index))
@@ -136,6 +144,7 @@ class EngineCore:
             arrival_index=index,
             metrics=RequestMetrics(self.clock() if arrival_time is None else arrival_time),
             priority=priority,
+            constraint=constraint,
         )
         self._requests[identity] = request
         self.scheduler.add(request)
@@ -263,6 +272,13 @@ class EngineCore:
                 f"{token!r} in the prompt is no token id of this model (0 to {self.vocab_size - 1})"
             )
         return prompt
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if token >= self.vocab_size:
+                raise RequestError(
+                    f"{name} {token} is no token of this model (0 to {self.vocab_size - 1})"
+                )
 
     def _checked_end(self, output_tokens: int | None, max_output: int) -> int:
         if output_tokens is None:

@@ -17,6 +17,7 @@ from rich.progress import (
 from pagelab.attention.select import resolve_attention
 from pagelab.config import MemoryConfig, SchedulerConfig, parse_bytes
 from pagelab.engine.core import EngineCore
+from pagelab.engine.guided import GrammarCompiler
 from pagelab.engine.text import TextStream
 from pagelab.errors import ConfigError, ModelError, RequestError
 from pagelab.execution.loading import (
@@ -30,14 +31,15 @@ from pagelab.models.fetch import resolve
 from pagelab.models.registry import load_spec, load_tokenizer
 from pagelab.models.shape_source import resolve_shape
 from pagelab.models.tokenizer import Tokenizer
+from pagelab.scheduling.constraint import Constraint
 from pagelab.scheduling.sequence import Request, TokenEvent
 from pagelab.types import (
     CompletionOutput,
-    FinishReason,
     RequestId,
     RequestOutput,
     SamplingParams,
     SequenceId,
+    TokenLogprobs,
 )
 
 Prompt = str | Sequence[int]
@@ -182,6 +184,7 @@ class LLM:
         self.last_output: RequestOutput | None = None  # of the stream that ended last
         self._tokenizer: Tokenizer | None = None
         self._texts: dict[SequenceId, TextStream] = {}
+        self._grammars: GrammarCompiler | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -199,6 +202,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Continue prompts; results come in their order.
@@ -206,13 +210,17 @@ class LLM:
         Args:
             prompts: one prompt or several, each a text or a list of token ids.
             params: the same for all, or one for each; None: `SamplingParams()`.
+            priority: lower ones run first and are preempted last, each in the order of arrival;
+                the same for all, or one for each.
             progress: show a bar with rates while it runs (only on a terminal).
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; nothing was started.
         """
         several = _as_prompts(prompts)
-        requests = self._add_all(several, _as_params(params, len(several)))
+        requests = self._add_all(
+            several, _as_params(params, len(several)), _as_priorities(priority, len(several))
+        )
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         try:
             with _Bar(len(requests), progress) as bar:
@@ -228,6 +236,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
@@ -240,14 +249,16 @@ class LLM:
         one = isinstance(messages[0], Mapping)
         conversations = [messages] if one else messages
         prompts = [self.tokenizer.apply_chat_template(c) for c in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, params, progress=progress)
+        return self.generate(prompts, params, priority=priority, progress=progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[str]:
         """Continue one prompt (its first sequence), yielding text as it comes.
 
         What a stop string might still take back is held until that is decided.
         """
-        (request,) = self._add_all([prompt], [params or SamplingParams()])
+        (request,) = self._add_all([prompt], [params or SamplingParams()], [priority])
         text = self._texts.get(request.sequences[0].id)
         if text is None:
             self._forget([request])
@@ -264,15 +275,40 @@ class LLM:
             self.core.cancel(request.id)
             self.last_output = self._output(request, prompt if isinstance(prompt, str) else None)
 
+    def constraint(self, params: SamplingParams) -> Constraint | None:
+        """What `params.guided` becomes, for `EngineCore.add_request`; None where it is not set.
+
+        May be called in another thread than the engine's: a large schema takes a while.
+
+        Raises:
+            RequestError: a schema, expression or grammar that is wrong; a model without an
+                end-of-sequence token.
+            ConfigError: the grammar library is not installed.
+            ModelError: the model has no tokenizer.
+        """
+        if params.guided is None:
+            return None
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(
+                self.tokenizer, self.core.vocab_size, self.core.eos_token_ids
+            )
+        return self._grammars.compile(params.guided)
+
     def _add_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int],
     ) -> list[Request]:
         requests: list[Request] = []
         try:
-            for prompt, param in zip(prompts, params, strict=True):
+            for prompt, param, priority in zip(prompts, params, priorities, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 needs_text = isinstance(prompt, str) or bool(param.stop)
-                requests.append(self.core.add_request(ids, param))
+                constraint = self.constraint(param)
+                requests.append(
+                    self.core.add_request(ids, param, priority=priority, constraint=constraint)
+                )
                 self._open_texts(requests[-1], needs_text)
         except BaseException:
             self._forget(requests)
@@ -299,7 +335,7 @@ class LLM:
             if text is None or event.token is None:
                 continue
             # the end-of-sequence token that ended it is no part of the text
-            if event.finish_reason is not FinishReason.STOP:
+            if event.finish_reason is None or event.sequence.stop_token_id is None:
                 text.feed(event.token.token_id)
             if text.stopped:
                 self.core.stop(event)
@@ -336,6 +372,7 @@ class LLM:
             outputs=tuple(outputs),
             metrics=request.metrics,
             finished=True,
+            prompt_logprobs=_prompt_logprobs(request),
         )
 
 
@@ -389,6 +426,22 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if several and all(hasattr(item, "__index__") for item in several):
         return [several]  # type: ignore[list-item]
     return several  # type: ignore[return-value]
+
+
+def _as_priorities(priority: int | Sequence[int], count: int) -> list[int]:
+    several = [priority] * count if isinstance(priority, int) else priority
+    if not isinstance(several, Sequence) or any(type(each) is not int for each in several):
+        raise RequestError("priority must be a whole number, or one for each prompt")
+    if len(several) != count:
+        raise RequestError(f"{len(several)} priorities for {count} prompts")
+    return list(several)
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...] | None:
+    """None too where the request ended before all were there."""
+    if request.params.prompt_logprobs is None or request.lacks_prompt_logprobs:
+        return None
+    return (None, *request.prompt_logprobs)
 
 
 def _as_params(

@@ -33,10 +33,18 @@ from pagelab.execution.buckets import (
 from pagelab.execution.cuda_graphs import GraphCache
 from pagelab.execution.device_state import DeviceState
 from pagelab.execution.kv_cache import KVCache
+from pagelab.execution.logits.logprobs import (
+    ROWS_AT_ONCE,
+    RowLogprobs,
+    prompt_logprobs,
+    prompt_rows,
+)
+from pagelab.execution.logits.process import process
 from pagelab.execution.oom import in_step
 from pagelab.execution.ragged_inputs import RaggedShape, fill, split
+from pagelab.execution.sampler import NO_TOKEN
 from pagelab.kernels.decode_items import DecodePlan
-from pagelab.kernels.elementwise import project
+from pagelab.kernels.elementwise import Pending, project
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import Peaks
 from pagelab.kernels.mailbox import Mailbox
@@ -69,6 +77,8 @@ class InFlight:
     results: torch.Tensor  # [3, S] int32: tokens, usable, finite; S with padding
     done: torch.cuda.Event | None
     logprobs: dict[SequenceId, _Logprobs] = field(default_factory=dict)
+    prompts: list[tuple[SequenceId, RowLogprobs]] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)  # rows whose logits were not to process
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +90,19 @@ class _Sampling:
         logprobs: somebody wants log probabilities.
         plain: everyone takes the most probable token and nothing is forbidden: no logits needed.
         masked: rows with more forbidden ids than the device keeps, and these.
+        processed: sequences whose logits the host changes or reads; None: nobody's. Such a step
+            runs kernel by kernel.
+        failed: what went wrong with that, by row.
+        prompts: what it read of prompts.
     """
 
     mode: SamplingMode
     logprobs: bool
     plain: bool
     masked: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    processed: tuple[ScheduledSequence, ...] | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+    prompts: list[tuple[SequenceId, RowLogprobs]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +222,7 @@ class GpuRunner:
             in_flight = InFlight(batch, results, None)
             if how.logprobs:
                 self._add_logprobs(in_flight)
+            in_flight.failed, in_flight.prompts = how.failed, how.prompts
             in_flight.done = self._record()
             self._under_way.append(step)
             return in_flight
@@ -218,7 +236,7 @@ class GpuRunner:
         tokens, usable, finite = handle.results.tolist()
         sampled: dict[SequenceId, SampledToken] = {}
         errors: dict[SequenceId, str] = {}
-        fine = 0 not in finite and 0 not in usable and not handle.logprobs
+        fine = 0 not in finite and 0 not in usable and not handle.logprobs and not handle.failed
         for i, part in enumerate(batch.sequences):
             if fine:
                 if part.samples:
@@ -231,17 +249,17 @@ class GpuRunner:
                 with torch.inference_mode(), self._on_stream():
                     # only blocks from this step's first token on: those before may be shared
                     self.cache.clear_blocks(part.block_ids[first:])
-            elif part.samples and not usable[i]:
-                errors[part.sequence_id] = (
-                    "no token can be chosen: logits are not finite, or every token is "
-                    "suppressed (min_tokens with stop_token_ids)"
-                )
+            elif part.samples and (i in handle.failed or not usable[i]):
+                errors[part.sequence_id] = handle.failed.get(i, NO_TOKEN)
             elif part.samples:
                 logprobs = handle.logprobs.get(part.sequence_id)
                 sampled[part.sequence_id] = SampledToken(
                     tokens[i], None if logprobs is None else _read(logprobs)
                 )
-        return StepResult(batch.step, sampled, errors)
+        prompts: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
+        for sequence_id, some in handle.prompts:
+            prompts[sequence_id] = (*prompts.get(sequence_id, ()), *some.read())
+        return StepResult(batch.step, sampled, errors, prompts)
 
     # Two forms of a step
 
@@ -367,6 +385,8 @@ class GpuRunner:
         results = self._results_of(seqs)
         self.decoder.logits(x, pending, inputs["last"], results[2], self._logits[:seqs])
         self._sample(inputs["order"], how)
+        if how.processed is not None:
+            self._read_prompts(x, pending, how.processed, how.prompts)
         advance(
             inputs["order"],
             results,
@@ -381,8 +401,10 @@ class GpuRunner:
     def _sample(self, order: torch.Tensor, how: _Sampling) -> None:
         seqs = len(order)
         logits = self._logits[:seqs]
-        if how.masked:
-            logits = logits.clone()  # log probabilities are of all tokens
+        if how.logprobs and (how.masked or how.processed is not None):
+            logits = logits.clone()  # log probabilities are the model's own, of all tokens
+        if how.processed is not None:
+            how.failed.update(process(logits, how.processed))
         for row, ids in how.masked:
             logits[row, list(ids)] = float("-inf")
         tokens, usable, _ = self._results_of(seqs)
@@ -392,7 +414,7 @@ class GpuRunner:
     def _run(
         self, key: tuple[object, ...] | None, work: Callable[[], None], how: _Sampling
     ) -> None:
-        if key is None or how.masked:
+        if key is None or how.masked or how.processed is not None:
             work()
         else:
             self.graphs.run(key, work)
@@ -400,14 +422,41 @@ class GpuRunner:
     def _sampling_of(self, parts: tuple[ScheduledSequence, ...]) -> _Sampling:
         mode = SamplingMode.of((part.params for part in parts), self._logits.shape[1])
         logprobs = any(part.params.logprobs is not None for part in parts)
-        if not any(part.suppressed for part in parts):
+        processed = parts if any(part.logits is not None for part in parts) else None
+        if processed is None and not any(part.suppressed for part in parts):
             return _Sampling(mode, logprobs, mode == SamplingMode.GREEDY and not logprobs)
         masked = tuple(
             (row, part.suppressed)
             for row, part in enumerate(parts)
             if len(part.suppressed) > MAX_SUPPRESSED
         )
-        return _Sampling(mode, logprobs, False, masked)
+        return _Sampling(mode, logprobs, False, masked, processed)
+
+    def _read_prompts(
+        self,
+        x: torch.Tensor,
+        pending: Pending | None,
+        parts: tuple[ScheduledSequence, ...],
+        found: list[tuple[SequenceId, RowLogprobs]],
+    ) -> None:
+        """Log probabilities of prompt tokens, where they are asked for."""
+        rows = prompt_rows(parts)
+        if not rows:
+            return
+        shape = (ROWS_AT_ONCE, self._logits.shape[1])
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        finite = torch.empty(ROWS_AT_ONCE, dtype=torch.int32, device=self.device)
+
+        def logits_of(at: torch.Tensor) -> torch.Tensor:
+            out = logits[: len(at)]
+            at = at.to(device=self.device, dtype=torch.int32)
+            self.decoder.logits(x, pending, at, finite[: len(at)], out)
+            return out
+
+        for sequence_id, some in prompt_logprobs(rows, logits_of):
+            found.append(
+                (sequence_id, RowLogprobs(*(t.to("cpu", non_blocking=True) for t in some)))
+            )
 
     def _compile_ahead(self) -> None:
         """Compile what the first prompt and the first greedy steps need, on all cores at once."""

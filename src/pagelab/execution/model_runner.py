@@ -7,11 +7,12 @@ import torch
 from pagelab.attention.base import AttentionBackend
 from pagelab.execution.inputs import StepInputs, build_inputs
 from pagelab.execution.kv_cache import KVCache
+from pagelab.execution.logits.logprobs import prompt_logprobs, prompt_rows
 from pagelab.execution.oom import in_step
 from pagelab.execution.sampler import sample
 from pagelab.models.decoder import Decoder
 from pagelab.scheduling.batch import Batch, StepResult
-from pagelab.types import SampledToken, SequenceId
+from pagelab.types import SampledToken, SequenceId, TokenLogprobs
 
 
 class ModelRunner:
@@ -62,15 +63,21 @@ class ModelRunner:
         if inputs.sampling:
             logits = self.decoder.logits(hidden[inputs.sampled])
             for part, token in zip(inputs.sampling, sample(logits, inputs.sampling), strict=True):
-                if token is not None:
-                    sampled[part.sequence_id] = token
+                if isinstance(token, str):
+                    errors.setdefault(part.sequence_id, token)
                 else:
-                    errors.setdefault(
-                        part.sequence_id,
-                        "no token can be chosen: logits are not finite, or every token is "
-                        "suppressed (min_tokens with stop_token_ids)",
-                    )
-        return StepResult(batch.step, sampled, errors)
+                    sampled[part.sequence_id] = token
+        return StepResult(batch.step, sampled, errors, self._prompts(batch, hidden))
+
+    def _prompts(
+        self, batch: Batch, hidden: torch.Tensor
+    ) -> dict[SequenceId, tuple[TokenLogprobs, ...]]:
+        """Log probabilities of prompt tokens, where they are asked for."""
+        rows = prompt_rows(batch.sequences)
+        found: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
+        for sequence_id, some in prompt_logprobs(rows, lambda at: self.decoder.logits(hidden[at])):
+            found[sequence_id] = (*found.get(sequence_id, ()), *some.read())
+        return found
 
     def _not_finite(
         self, batch: Batch, inputs: StepInputs, hidden: torch.Tensor

@@ -57,6 +57,10 @@ class Tokenizer:
         """Whether `apply_chat_template` works."""
         return self._chat_source is not None
 
+    def to_json(self) -> str:
+        """All of it, special tokens included, as the text of a `tokenizer.json`."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with those that the model wants around every text.
 

@@ -10,7 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pagelab.types import BlockId, SampledToken, SamplingParams, SequenceId
+from pagelab.types import BlockId, SampledToken, SamplingParams, SequenceId, TokenLogprobs
+
+
+class LogitsInputs(NamedTuple):
+    """What a step needs for sequences whose logits are changed or asked for. Few have one.
+
+    Attributes:
+        prompt_token_ids: the prompt, where a penalty looks at it or at the output.
+        output_token_ids: all tokens that were sampled so far, likewise.
+        allowed: bit `t % 8` of byte `t // 8` says whether token t may be sampled; None: all may.
+        targets: the tokens after the first `len(targets)` of this step's tokens, whose log
+            probabilities are asked for (`prompt_logprobs`).
+    """
+
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+    allowed: bytes | None = None
+    targets: tuple[int, ...] = ()
 
 
 class ScheduledSequence(NamedTuple):
@@ -36,6 +53,7 @@ class ScheduledSequence(NamedTuple):
     position_seed: tuple[int, int]  # (seed, index of the sampled token in the output)
     params: SamplingParams
     suppressed: tuple[int, ...] = ()  # ids that may not be sampled yet (min_tokens)
+    logits: LogitsInputs | None = None  # None: nothing of that kind
 
     @property
     def end(self) -> int:
@@ -61,9 +79,11 @@ class Batch:
 class StepResult:
     """What a step gave back: a sampled token for every sequence that asked for one.
 
-    A sequence in `errors` gets no token; it alone fails, with that message.
+    A sequence in `errors` gets no token; it alone fails, with that message. `prompt_logprobs` are
+    those of the `targets` that its part of the step named.
     """
 
     step: int
     sampled: Mapping[SequenceId, SampledToken]
     errors: Mapping[SequenceId, str] = field(default_factory=dict)
+    prompt_logprobs: Mapping[SequenceId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from operator import attrgetter
 
 from pagelab.config import SchedulerConfig
+from pagelab.errors import PageLabError
 from pagelab.memory.kv_manager import KVManager
 from pagelab.scheduling.batch import Batch, ScheduledSequence, StepResult
+from pagelab.scheduling.constraint import Constraint
 from pagelab.scheduling.sequence import (
     PreemptionRecord,
     Request,
@@ -22,7 +24,7 @@ from pagelab.scheduling.sequence import (
     Status,
     TokenEvent,
 )
-from pagelab.types import BlockId, FinishReason, RequestId, SampledToken, SequenceId
+from pagelab.types import BlockId, FinishReason, RequestId, SampledToken, SequenceId, TokenLogprobs
 
 KEPT_PREEMPTIONS = 10_000
 """Preemption records that a scheduler keeps; older ones are forgotten."""
@@ -185,7 +187,7 @@ class Scheduler:
         sampled, errors, commit = result.sampled, result.errors, self.kv.commit
         finished, preempted = Status.FINISHED, Status.PREEMPTED  # 60 ns each time they are named
         for sequence, part in zip(self._in_flight[batch.step], batch.sequences, strict=True):
-            sequence_id, start, num_tokens, _, _, samples, _, _, _ = part
+            sequence_id, start, num_tokens, _, _, samples, _, _, _, logits = part
             if sequence.status is finished:
                 self._discard(sequence, part)
                 continue
@@ -200,6 +202,8 @@ class Scheduler:
                 sequence.max_computed = end
             sequence.num_computed = end
             commit(sequence_id, end, sequence.token_ids)
+            if logits is not None and sequence_id in result.prompt_logprobs:
+                _extend(sequence.request, start, result.prompt_logprobs[sequence_id])
             if samples:
                 token = sampled[sequence_id]
                 events.append(_new(TokenEvent, (sequence, token, self._append(sequence, token))))
@@ -310,7 +314,8 @@ class Scheduler:
                 return False
             num_cached = shared
         else:
-            cached = self.kv.admit(sequence.id, demand, sequence.token_ids)
+            lookup = () if sequence.request.lacks_prompt_logprobs else sequence.token_ids
+            cached = self.kv.admit(sequence.id, demand, lookup)
             if cached is None:
                 return False
             num_cached = cached
@@ -349,6 +354,9 @@ class Scheduler:
             if num_tokens < sequence.min_num_tokens:
                 suppressed = (*self.eos_token_ids, *sequence.request.params.stop_token_ids)
         sequence.num_scheduled = end
+        logits = None
+        if sequence.asks_host:
+            logits = sequence.logits_inputs(start, end, samples)
         return _new(
             ScheduledSequence,
             (
@@ -361,6 +369,7 @@ class Scheduler:
                 (sequence.seed, num_tokens - sequence.num_prompt_tokens),
                 sequence.request.params,
                 suppressed,
+                logits,
             ),
         )
 
@@ -382,13 +391,43 @@ class Scheduler:
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
         num_tokens = len(sequence.token_ids)
+        if sequence.needs_host:
+            sequence.max_expected = min(sequence.max_num_tokens, num_tokens + 1)
+            if sequence.constraint is not None:
+                return self._follow(sequence, token_id, sequence.constraint)
         if token_id in sequence.stop_ids and num_tokens >= sequence.min_num_tokens:
             reason = FinishReason.STOP
+            sequence.stop_token_id = token_id
         elif num_tokens >= sequence.max_num_tokens:
             reason = FinishReason.LENGTH
         else:
             return None
         self.finish(sequence, reason)
+        return reason
+
+    def _follow(
+        self, sequence: Sequence, token_id: int, constraint: Constraint
+    ) -> FinishReason | None:
+        """End a guided sequence where its constraint says so; a stop id counts where it may end."""
+        reason: FinishReason | None = None
+        error: str | None = None
+        if token_id in sequence.stop_ids and constraint.complete:
+            reason = FinishReason.STOP
+            sequence.stop_token_id = token_id
+        else:
+            try:
+                constraint.advance(token_id)
+            except Exception as failure:  # whatever a grammar library raises: this sequence's alone
+                reason = FinishReason.ERROR
+                own = isinstance(failure, PageLabError)
+                error = str(failure) if own else f"{type(failure).__name__}: {failure}"
+            else:
+                if constraint.ended:
+                    reason = FinishReason.STOP
+                elif sequence.num_tokens >= sequence.max_num_tokens:
+                    reason = FinishReason.LENGTH
+        if reason is not None:
+            self.finish(sequence, reason, error)
         return reason
 
     def _start_forks(self, request: Request) -> None:
@@ -402,3 +441,10 @@ class Scheduler:
             if sequence.status is Status.FORKING:
                 sequence.status = Status.WAITING
                 insort(self.waiting, sequence, key=_BY_PRIORITY)
+
+
+def _extend(request: Request, start: int, found: tuple[TokenLogprobs, ...]) -> None:
+    """Take in the prompt's log probabilities from position `start` on; some may be known."""
+    known = request.prompt_logprobs
+    if start <= len(known):
+        known.extend(found[len(known) - start :])

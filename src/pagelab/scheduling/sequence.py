@@ -7,6 +7,8 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from pagelab.memory.allocators import Demand
+from pagelab.scheduling.batch import LogitsInputs
+from pagelab.scheduling.constraint import Constraint
 from pagelab.types import (
     FinishReason,
     RequestId,
@@ -50,6 +52,10 @@ class Sequence:
     decode or recompute makes no difference.
 
     What every step asks and never changes (limits, stop ids, seed) is worked out once.
+
+    Where the next token depends on the one before by more than K/V (penalties, a constraint), the
+    host has to know that one first: `max_expected` then keeps the sequence out of steps while
+    one of its tokens is pending.
     """
 
     id: SequenceId
@@ -62,12 +68,18 @@ class Sequence:
     seed: int
     leads: bool  # other samples wait until it has computed their prompt
     num_expected: int  # tokens, pending ones included
+    max_expected: int  # no step is scheduled from here on: the end, or one token ahead of the host
+    needs_host: bool  # the host has to know each token before the next one is sampled
+    changes_logits: bool  # by penalties, a bias or a constraint
+    asks_host: bool  # its steps may need `logits_inputs`
+    constraint: Constraint | None  # its own
     status: Status = Status.WAITING
     num_computed: int = 0  # tokens whose K/V is there
     num_scheduled: int = 0  # the same, and those of steps in flight
     max_computed: int = 0  # the most that was ever computed: what a preemption makes us redo
     finish_reason: FinishReason | None = None
     error: str | None = None
+    stop_token_id: int | None = None  # the token that ended it, which is no part of the text
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @classmethod
@@ -75,17 +87,26 @@ class Sequence:
         """A new one: the request's sample of this index."""
         params, prompt = request.params, request.num_prompt_tokens
         eos = frozenset[int]() if params.ignore_eos else eos_token_ids
+        most = prompt + request.final_output_tokens
+        constraint = request.constraint
+        needs_host = constraint is not None or params.penalizes
+        changes_logits = needs_host or params.logit_bias is not None
         return cls(
             SequenceId(request.id, sample),
             request,
             list(request.prompt_token_ids),
             prompt,
-            max_num_tokens=prompt + request.final_output_tokens,
+            max_num_tokens=most,
             min_num_tokens=prompt + params.min_tokens,
             stop_ids=eos.union(params.stop_token_ids),
             seed=request.seed + sample,
             leads=sample == 0 and params.n > 1,
             num_expected=prompt,
+            max_expected=min(most, prompt + 1) if needs_host else most,
+            needs_host=needs_host,
+            changes_logits=changes_logits,
+            asks_host=changes_logits or params.prompt_logprobs is not None,
+            constraint=None if constraint is None else constraint.copy(),
         )
 
     @property
@@ -111,14 +132,27 @@ class Sequence:
     @property
     def num_schedulable(self) -> int:
         """Tokens that a step could compute now."""
-        if self.num_expected >= self.max_num_tokens:
-            return 0  # everything that it may still yield is in flight
+        if self.num_expected >= self.max_expected:
+            return 0  # everything that it may still yield, before the host knows more, is in flight
         return self.num_expected - self.num_scheduled
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
         """Order of service: lower first; the last of the running ones is preempted first."""
         return (self.request.priority, self.request.arrival_index, self.id.sample)
+
+    def logits_inputs(self, start: int, end: int, samples: bool) -> LogitsInputs | None:
+        """What a step on the tokens from `start` to `end` needs beside them."""
+        request = self.request
+        targets: tuple[int, ...] = ()
+        if request.lacks_prompt_logprobs:
+            targets = request.prompt_token_ids[start + 1 : end + 1]
+        if not (samples and self.changes_logits):
+            return LogitsInputs(targets=targets) if targets else None
+        allowed = None if self.constraint is None else self.constraint.allowed
+        if not request.params.penalizes:
+            return LogitsInputs(allowed=allowed, targets=targets)
+        return LogitsInputs(request.prompt_token_ids, self.output_token_ids, allowed, targets)
 
     def demand(self, num_tokens: int, max_model_len: int) -> Demand:
         """What the allocator may know when it has to hold `num_tokens` tokens."""
@@ -151,12 +185,26 @@ class Request:
     arrival_index: int
     metrics: RequestMetrics
     priority: int = 0
+    constraint: Constraint | None = None  # in its first state; each sequence follows a copy
     sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_token_ids)
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt were asked for and are not all there yet.
+
+        While that is so its sequences compute the whole prompt: what the prefix cache holds has
+        no logits.
+        """
+        return (
+            self.params.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        )
 
     @property
     def finished(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,6 +236,41 @@ def test_compiled_grammars_are_kept_and_their_copies_are_independent() -> None:
     assert not branch.ended
     with pytest.raises(RequestError, match="guided decoding failed"):
         branch.advance(ord("c"))
+
+
+def test_sentencepiece_tokenizers_are_followed_by_their_bytes_and_spaces() -> None:
+    from pagelab.models.tokenizer import Tokenizer
+
+    vocab = {text: i for i, text in enumerate(["<unk>", "</s>", "▁", "a", "▁a", "ab", "b", "é"])}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "</s>")]
+    backend.add_special_tokens(special)
+    compiler = GrammarCompiler(Tokenizer(backend), len(vocab), [vocab["</s>"]])
+
+    def follow(constraint: Any, *texts: str) -> set[str]:
+        for text in texts:
+            constraint.advance(vocab[text])
+        mask = int.from_bytes(constraint.allowed, "little")
+        return {text for text, token in vocab.items() if mask >> token & 1}
+
+    constraint = compiler.compile(GuidedDecoding(choice=["ab é", "ab ê", "b"]))
+    assert {"a", "ab", "b", "<0x61>"} <= follow(constraint)
+    assert not {"▁a", "▁", "</s>", "<unk>"} & follow(constraint)
+    assert {"é", "<0xC3>"} <= follow(constraint, "ab", "▁")
+    assert follow(constraint, "<0xC3>") == {"<0xA9>", "<0xAA>"}
+    assert follow(constraint, "<0xAA>") == {"</s>"}
+    assert constraint.ended
 
 
 def test_a_model_without_an_end_cannot_be_guided() -> None:

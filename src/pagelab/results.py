@@ -127,6 +127,7 @@ class ExperimentInfo(TypedDict):
 
     command: str  # the command line that repeats it
     model: ModelInfo
+    device: NotRequired[str]  # as asked; a method's KVCapacity says which it was
     dtype: str
     kv_memory_bytes: int  # this and the next three: the base cell's, the first of the lists below
     block_size: int
@@ -164,6 +165,7 @@ class KVCapacity(TypedDict):
     slots: int
     num_blocks: int | None  # None: the method has no blocks
     block_size: int | None
+    device: NotRequired[str]  # where: cpu, cuda:0
     note: str  # e.g. "2 rows of 2048 slots", "grows by concatenation"
 
 

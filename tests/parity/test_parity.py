@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,47 @@ def test_lower_precision_is_no_worse_than_transformers_own(name: str, dtype: str
         errors["ours"] += float((ours - want).norm() / want.norm())
         errors["theirs"] += float((other - want).norm() / want.norm())
     assert errors["ours"] < 1.5 * errors["theirs"] + 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_repetition_penalties_are_transformers(name: str) -> None:
+    def theirs(prompt: list[int], steps: int, penalty: float) -> tuple[int, ...]:
+        with torch.inference_mode():
+            ids = reference_model(name).generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=steps,
+                do_sample=False,
+                repetition_penalty=penalty,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return tuple(ids[0, len(prompt) :].tolist())
+
+    kinds = [replace(greedy(24), repetition_penalty=p) for p in (1.05, 1.5, 0.9, 8.0)]
+    prompts = TINY_PROMPTS[1:5]
+    got = tokens(engine(name).generate(prompts, kinds))
+    want = [theirs(p, 24, kind.repetition_penalty) for p, kind in zip(prompts, kinds, strict=True)]
+    assert got == want
+    assert got != [each[:24] for each in expected(name)[1:5]]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_log_probabilities_of_prompts_are_transformers(name: str) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=4)
+    for prompt, output in zip(
+        TINY_PROMPTS,
+        engine(name, max_num_batched_tokens=50).generate(TINY_PROMPTS, params),
+        strict=True,
+    ):
+        with torch.inference_mode():
+            want = reference_model(name)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert output.prompt_logprobs is not None
+        assert len(output.prompt_logprobs) == len(prompt)
+        for row, token, got in zip(want, prompt[1:], output.prompt_logprobs[1:], strict=False):
+            assert got is not None
+            assert got.chosen == pytest.approx(float(row[token]), abs=1e-4)
+            assert [p for _, p in got.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -226,6 +226,21 @@ def test_logits_that_cannot_be_changed_fail_their_own_request(
     assert failed.finish_reason is FinishReason.ERROR
     assert "RuntimeError: no memory" in (failed.outputs[0].error or "")
     assert fine.token_ids == answer("qwen2", SHORT)
+
+
+def test_steps_that_change_logits_are_never_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine("qwen2")
+    ran: list[object] = []
+
+    def noted(key: object, work: Callable[[], None]) -> None:
+        ran.append(key)
+        work()
+
+    monkeypatch.setattr(gpu_runner_of(llm).graphs, "run", noted)
+    llm.generate([SHORT], replace(greedy(2), logit_bias={3: 1.0}))
+    assert not ran
+    llm.generate([SHORT], greedy(2))
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])

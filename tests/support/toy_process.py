@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 from pagelab.config import MemoryConfig, SchedulerConfig
-from pagelab.engine.async_llm import AsyncLLM, Launch
+from pagelab.engine.async_llm import AsyncLLM
 from pagelab.engine.core import EngineCore
+from pagelab.engine.launch import Launch
 from pagelab.engine.messages import EngineInfo
-from pagelab.engine.worker import Loaded
+from pagelab.engine.worker_process import Loaded
 from pagelab.errors import ConfigError
 from pagelab.models.tokenizer import Tokenizer
 from pagelab.scheduling.batch import Batch, StepResult
@@ -76,7 +77,7 @@ def make(
     max_num_seqs: int = 64,
     error: str = "",
 ) -> Loaded:
-    """The factory that `engine.worker` calls."""
+    """The factory that `engine.worker_process` calls."""
     if error:
         raise ConfigError(error)
     memory = MemoryConfig(

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pagelab.engine.async_llm import AsyncLLM, EngineState
+from pagelab.engine.async_llm import AsyncLLM
+from pagelab.engine.launch import EngineState
 from pagelab.engine.llm import LLM
 from pagelab.engine.messages import BlockNews, EngineInfo, StepStats
 from pagelab.engine.options import EngineOptions
@@ -201,6 +202,17 @@ def test_steps_that_go_on_failing_end_the_process_for_a_new_one() -> None:
             assert end.finish_reason is FinishReason.ERROR
         await until(lambda: llm.num_restarts == 1)
         assert (await llm.generate(PROMPT, greedy(3))).finish_reason is FinishReason.LENGTH
+
+    run(test)
+
+
+def test_requests_that_fail_by_themselves_do_not_end_the_process() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        for _ in range(12):
+            end = await llm.generate((POISON,), greedy(1))
+            assert end.finish_reason is FinishReason.ERROR
+        assert (await llm.generate(PROMPT, greedy(3))).finish_reason is FinishReason.LENGTH
+        assert llm.num_restarts == 0
 
     run(test)
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagelab.engine.guided import GrammarCompiler
 from pagelab.engine.llm import LLM
 from pagelab.errors import ConfigError, RequestError
+from pagelab.models.fetch import ModelSource
 from pagelab.types import FinishReason, GuidedDecoding, RequestOutput, SamplingParams
 from tests.support.engines import greedy
 from tests.support.tiny_models import EOS, VOCAB, byte_tokenizer, tiny_gguf, tiny_model
@@ -208,6 +210,17 @@ def test_a_stop_id_counts_where_the_text_is_complete(llm: LLM) -> None:
     assert output.token_ids == (*b"abb",)
 
 
+def test_a_grammar_that_leads_nowhere_fails_its_own_request_only(llm: LLM) -> None:
+    (want,) = llm.generate([[1, 2]], greedy(8))
+    dead_end = params(GuidedDecoding(grammar='start: "a" D\nD: /[^\\s\\S]/'), n=2)
+    bad, good = llm.generate([[3], [1, 2]], [dead_end, greedy(8)])
+    for each in bad.outputs:
+        assert each.finish_reason is FinishReason.ERROR
+        assert each.error == "guided decoding failed: no text fits the grammar from here on"
+    assert good.token_ids == want.token_ids
+    assert llm.core.kv.pool.num_held == 0
+
+
 def test_compiled_grammars_are_kept_and_their_copies_are_independent() -> None:
     from pagelab.models.tokenizer import Tokenizer
 
@@ -225,8 +238,59 @@ def test_compiled_grammars_are_kept_and_their_copies_are_independent() -> None:
         branch.advance(ord("c"))
 
 
+def test_sentencepiece_tokenizers_are_followed_by_their_bytes_and_spaces() -> None:
+    from pagelab.models.tokenizer import Tokenizer
+
+    vocab = {text: i for i, text in enumerate(["<unk>", "</s>", "▁", "a", "▁a", "ab", "b", "é"])}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<unk>", "</s>")]
+    backend.add_special_tokens(special)
+    compiler = GrammarCompiler(Tokenizer(backend), len(vocab), [vocab["</s>"]])
+
+    def follow(constraint: Any, *texts: str) -> set[str]:
+        for text in texts:
+            constraint.advance(vocab[text])
+        mask = int.from_bytes(constraint.allowed, "little")
+        return {text for text, token in vocab.items() if mask >> token & 1}
+
+    constraint = compiler.compile(GuidedDecoding(choice=["ab é", "ab ê", "b"]))
+    assert {"a", "ab", "b", "<0x61>"} <= follow(constraint)
+    assert not {"▁a", "▁", "</s>", "<unk>"} & follow(constraint)
+    assert {"é", "<0xC3>"} <= follow(constraint, "ab", "▁")
+    assert follow(constraint, "<0xC3>") == {"<0xA9>", "<0xAA>"}
+    assert follow(constraint, "<0xAA>") == {"</s>"}
+    assert constraint.ended
+
+
 def test_a_model_without_an_end_cannot_be_guided() -> None:
     from pagelab.models.tokenizer import Tokenizer
 
     with pytest.raises(RequestError, match="end-of-sequence"):
         GrammarCompiler(Tokenizer(byte_tokenizer()), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def real(default_model: ModelSource) -> LLM:
+    return LLM(kv_memory="64MiB", device="cpu", dtype="float32", max_model_len=256)
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("guided", KINDS[:4])
+def test_the_default_model_answers_in_the_form_asked_for(real: LLM, guided: GuidedDecoding) -> None:
+    question = [{"role": "user", "content": "Invent a person. Answer as JSON."}]
+    asked = params(guided, temperature=0.8, n=3, max_tokens=60)
+    (output,) = real.chat(question, asked)
+    check(output, guided)
+    if guided.json_schema is not None:
+        assert any(each.finish_reason is FinishReason.STOP for each in output.outputs)

@@ -273,6 +273,15 @@ def test_prompt_log_probabilities_pass_the_prefix_cache_by_and_fill_it() -> None
         assert len(request.prompt_logprobs) == (15 if changes else 0)
 
 
+@pytest.mark.parametrize("allocator", ["paged", "contiguous-max"])
+@pytest.mark.parametrize("budget", [4, 64])
+def test_samples_that_each_compute_the_prompt_give_it_once(allocator: str, budget: int) -> None:
+    core = engine(allocator=allocator, budget=budget, ahead=2)
+    request = add(core, [4, 3, 2, 1, 0, 7], prompt_logprobs=0, n=3)
+    run(core)
+    assert [int(each.chosen) for each in request.prompt_logprobs] == [3, 2, 1, 0, 7]
+
+
 def test_the_lowest_priority_waits_longest_and_is_preempted_first() -> None:
     core = engine(9, max_num_seqs=2)
     kinds: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}

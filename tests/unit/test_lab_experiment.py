@@ -237,6 +237,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None
         ({"batch": 2, "axes": ("budget",)}, "--batch .* add batch to --axes"),
         ({"placements": ("worst-fit",)}, "--placement takes buddy, first-fit, not 'worst-fit'"),
         ({"placements": ()}, "--placement is empty"),
+        ({"device": "tpu"}, "no device 'tpu': --device takes auto, cpu, cuda"),
         ({"dtype": "int3"}, "--dtype takes float32"),
         ({"repeats": 0}, "--repeats"),
         ({"block_sizes": (16, 0)}, "--block-size must be from 1 to 256, not 0"),
@@ -301,6 +302,7 @@ def test_all_methods_are_told_the_same() -> None:
     assert jobs[-1].max_num_seqs == whole.batch == 2  # what contiguous-max holds at once
     same = {dataclasses.replace(job, method="", allocator=None, max_num_seqs=None) for job in jobs}
     assert len(same) == 1
+    assert plan(device="cuda").job(whole.variants[0]).device == "cuda"
 
 
 def test_the_command_line_repeats_the_experiment() -> None:
@@ -309,13 +311,14 @@ def test_the_command_line_repeats_the_experiment() -> None:
         model="my model",
         workloads=("mixed", "large"),
         kv_memories=(1 << 20, 1 << 21),
+        device="cuda:1",
         dtype="bfloat16",
         skip_bad=True,
         objectives=parse_objectives("e2e=9"),
     )
     assert asked.command_line() == (
         "pagelab compare --model 'my model' --workload mixed,large --skip-bad "
-        "--kv-memory 1048576,2097152 --dtype bfloat16 --objective e2e=9"
+        "--kv-memory 1048576,2097152 --device cuda:1 --dtype bfloat16 --objective e2e=9"
     )
     assert ExperimentSettings(command="pagelab compare -x").command_line() == "pagelab compare -x"
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pagelab.lab.methods import hf_continuous_batching
+from pagelab.lab.methods import base, hf_continuous_batching
 from pagelab.lab.methods.base import Method
 from pagelab.lab.methods.hf_continuous_batching import HfContinuousBatching
 from pagelab.lab.methods.hf_generate import HfGenerate
 from pagelab.lab.methods.hf_static import HfStatic
 from pagelab.lab.protocol import MethodUnavailableError
+from pagelab.results import WorkloadRun
 from pagelab.workloads import Workload, WorkloadRequest
 from tests.support.method_jobs import job, run_all, stages, start, tokens, workload
 from tests.support.tiny_models import tiny_model
@@ -168,3 +169,26 @@ def test_sampling_is_seeded_and_temperature_zero_is_greedy(kind: type[Method]) -
     assert hot != greedy
     assert hot != sampled(5.0, 2)
     assert sampled(1e-4, 1) == greedy  # all the weight on the best token
+
+
+def test_on_a_gpu_the_workloads_run_first_with_other_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = workload("asked", [(5, 2), (9, 3)])
+    seen: list[Workload] = []
+    run = HfGenerate.run
+
+    def noted(self: HfGenerate, given: Workload) -> WorkloadRun:
+        seen.append(given)
+        return run(self, given)
+
+    monkeypatch.setattr(HfGenerate, "run", noted)
+    monkeypatch.setattr(base, "_gpu_in_use", lambda: True)
+    monkeypatch.setattr(base, "_bytes_of_torch", lambda: 7)
+    method, _, told = start(HfGenerate, job(tiny_model("llama"), asked))
+    assert [w.name for w in seen] == ["warm-up", "asked", "asked"]
+    for before, request in zip(seen[-1].requests, asked.requests, strict=True):
+        assert before.token_ids == request.token_ids[::-1]
+        assert before.max_tokens == request.max_tokens
+    method.reporter.stage("a stage")
+    assert '"device_bytes":7' in told.getvalue()

@@ -184,3 +184,15 @@ def test_a_request_that_vllm_gives_up_is_an_error(
     assert {r["finish_reason"] for r in run["requests"]} == {"error"}
     assert {r["error"] for r in run["requests"]} == {"vllm ended it: abort"}
     assert [len(t) for t in tokens(run)] == [r.max_tokens for r in MIXED.requests]
+
+
+def test_a_vllm_for_another_device_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeVllm, model: Path
+) -> None:
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(device_type="cuda")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    with pytest.raises(MethodUnavailableError, match="runs on cuda, not on --device cpu"):
+        start(Vllm, job(model, device="cpu"))
+    for device in ("auto", "cuda:0"):
+        start(Vllm, job(model, device=device))

@@ -88,7 +88,7 @@ def test_a_bias_is_added_and_a_mask_leaves_only_what_it_allows() -> None:
 def test_what_is_sampled_is_allowed(tokens: set[int], logits: list[float]) -> None:
     row = torch.tensor([logits])
     for params in (SamplingParams(temperature=0), SamplingParams(temperature=2.0, seed=1)):
-        (token,) = sample(row, [part(params, LogitsInputs(allowed=bits(sorted(tokens))))])
+        (token,) = sample(row.clone(), [part(params, LogitsInputs(allowed=bits(sorted(tokens))))])
         assert isinstance(token, SampledToken)
         assert token.token_id in tokens
 
@@ -100,7 +100,7 @@ def test_a_short_mask_allows_nothing_beyond_itself_and_a_long_one_is_cut() -> No
         assert logits[0].isfinite().nonzero().flatten().tolist() == want
 
 
-def test_rows_do_not_depend_on_each_other_and_the_models_own_logits_stay() -> None:
+def test_rows_do_not_depend_on_each_other_and_log_probabilities_are_the_models_own() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, VOCAB)
     before = logits.clone()
@@ -114,9 +114,10 @@ def test_rows_do_not_depend_on_each_other_and_the_models_own_logits_stay() -> No
         part(SamplingParams(seed=3, logprobs=2), LogitsInputs(allowed=bits([4]))),
     ]
     together = sample(logits, parts)
-    alone = [sample(row[None], [p])[0] for row, p in zip(logits, parts, strict=True)]
+    assert torch.equal(logits[0], before[0])
+    logits = before
+    alone = [sample(row[None].clone(), [p])[0] for row, p in zip(logits, parts, strict=True)]
     assert together == alone == sample(logits.flip(0), parts[::-1])[::-1]
-    assert torch.equal(logits, before)
     for row, token in zip(logits, together, strict=True):
         assert isinstance(token, SampledToken)
         assert token.logprobs is not None
@@ -157,9 +158,12 @@ def test_requests_that_change_nothing_cost_no_copy(monkeypatch: pytest.MonkeyPat
         raise AssertionError("logits are copied or processed")
 
     monkeypatch.setattr(torch.Tensor, "clone", fail)
-    monkeypatch.setattr("pagelab.execution.sampler.process", fail)
-    tokens = sample(torch.zeros(2, VOCAB), [part(SamplingParams()), part(SamplingParams())])
+    usual = [part(SamplingParams(seed=1, logprobs=1)), part(SamplingParams(temperature=0))]
+    biased = part(SamplingParams(logit_bias={1: 1.0}), LogitsInputs())
+    tokens = sample(torch.zeros(3, VOCAB), [*usual, biased])
     assert all(isinstance(token, SampledToken) for token in tokens)
+    monkeypatch.setattr("pagelab.execution.sampler.process", fail)
+    assert sample(torch.zeros(2, VOCAB), usual) == tokens[:2]
 
 
 def test_log_probabilities_of_prompts_come_in_pieces_for_the_rows_that_are_theirs() -> None:

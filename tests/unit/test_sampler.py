@@ -26,7 +26,7 @@ def part(
 
 
 def one(logits: torch.Tensor, sequence: ScheduledSequence) -> SampledToken:
-    (token,) = sample(logits[None], [sequence])
+    (token,) = sample(logits[None].clone(), [sequence])
     assert not isinstance(token, str)
     return token
 

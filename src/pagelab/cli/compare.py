@@ -42,6 +42,13 @@ def _objectives(_: click.Context, __: click.Parameter, value: str) -> Objectives
 @grid_options
 @workload_options
 @click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="auto (a GPU if there is one), cpu, cuda or cuda:N; the same for all methods.",
+)
+@click.option(
     "--axes",
     callback=names,
     metavar="NAMES",

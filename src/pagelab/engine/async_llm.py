@@ -7,14 +7,13 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
 from pagelab import errors
+from pagelab.engine.launch import EngineState, Launch, Observer, launch_of
 from pagelab.engine.messages import (
     AddRequest,
     BlockFacts,
@@ -35,7 +34,6 @@ from pagelab.errors import (
     ConfigError,
     EngineDeadError,
     EngineUnavailableError,
-    ModelError,
     OverloadedError,
     PageLabError,
     RequestError,
@@ -54,51 +52,6 @@ LONG_TEXT = 20_000
 """Characters from which a text is tokenized in a thread: about 5 ms, which others need not wait."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # before an engine is started again
-
-
-class EngineState(StrEnum):
-    """What an engine can do now."""
-
-    LOADING = "loading"  # also after its process died
-    READY = "ready"
-    DRAINING = "draining"  # takes no new requests
-    CLOSED = "closed"
-
-
-class Observer(Protocol):
-    """Told what the engine does; must return at once."""
-
-    def stepped(self, stats: StepStats) -> None:
-        """A step's figures."""
-        ...
-
-    def ended(self, stream: RequestStream) -> None:
-        """A request has ended, however."""
-        ...
-
-    def blocks_changed(self, news: BlockNews) -> None:
-        """The page map's news, while it is watched."""
-        ...
-
-    def started(self, info: EngineInfo) -> None:
-        """An engine process is ready, the first one or one after a death."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How an engine process is made, and how its tokens become text.
-
-    Attributes:
-        factory: `module:function`; called with `options` in the engine's process, it gives
-            (EngineCore, EngineInfo, Constrain or None), as `engine.worker.load_llm`.
-        options: its keywords; must be picklable.
-        load_tokenizer: called in a thread; None where the model has no tokenizer.
-    """
-
-    factory: str
-    options: Mapping[str, Any]
-    load_tokenizer: Callable[[], Tokenizer | None]
 
 
 class AsyncLLM:
@@ -140,7 +93,7 @@ class AsyncLLM:
         self.stats: StepStats | None = None
         self.num_restarts = 0
         self.observers: list[Observer] = []
-        self._launch = launch or _launch_of(model, options)
+        self._launch = launch or launch_of(model, options)
         self._info: EngineInfo | None = None
         self._process: EngineProcess | None = None
         self._tokenizer: Tokenizer | None = None
@@ -480,22 +433,3 @@ class AsyncLLM:
                 if not answer.done():
                     answer.set_exception(EngineUnavailableError(str(error)))
         self._questions.clear()
-
-
-def _launch_of(model: str | None, options: EngineOptions) -> Launch:
-    """The engine that `LLM` makes."""
-
-    def load() -> Tokenizer | None:
-        from pagelab.models.fetch import resolve
-        from pagelab.models.registry import load_tokenizer
-        from pagelab.models.shape_source import resolve_shape
-
-        find = resolve_shape if options.get("random_weights") else resolve
-        try:
-            return load_tokenizer(find(model))
-        except ModelError as error:
-            logger.warning("texts cannot be served: %s", error)
-            return None
-
-    keywords = {"model": model, "progress": False, **options}
-    return Launch("pagelab.engine.worker:load_llm", keywords, load)

@@ -236,6 +236,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
@@ -248,14 +249,16 @@ class LLM:
         one = isinstance(messages[0], Mapping)
         conversations = [messages] if one else messages
         prompts = [self.tokenizer.apply_chat_template(c) for c in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, params, progress=progress)
+        return self.generate(prompts, params, priority=priority, progress=progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[str]:
         """Continue one prompt (its first sequence), yielding text as it comes.
 
         What a stop string might still take back is held until that is decided.
         """
-        (request,) = self._add_all([prompt], [params or SamplingParams()])
+        (request,) = self._add_all([prompt], [params or SamplingParams()], [priority])
         text = self._texts.get(request.sequences[0].id)
         if text is None:
             self._forget([request])
@@ -295,7 +298,7 @@ class LLM:
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
-        priorities: Sequence[int] = (0,),
+        priorities: Sequence[int],
     ) -> list[Request]:
         requests: list[Request] = []
         try:

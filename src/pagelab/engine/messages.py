@@ -2,7 +2,7 @@
 
 ::
 
-    front (AsyncLLM, no torch)                         engine (engine.worker)
+    front (AsyncLLM, no torch)                  engine (engine.worker_process)
       │ ── Start ────────────────────────────────────▶ │  loads the model
       │ ◀───────────────── EngineInfo or StartFailed ─ │
       │ ── AddRequest, CancelRequest, StopSequence ──▶ │  taken between two steps

@@ -47,7 +47,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             child = subprocess.Popen(
-                [sys.executable, "-m", "pagelab.engine.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "pagelab.engine.worker_process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

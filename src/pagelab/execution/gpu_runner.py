@@ -401,7 +401,7 @@ class GpuRunner:
     def _sample(self, order: torch.Tensor, how: _Sampling) -> None:
         seqs = len(order)
         logits = self._logits[:seqs]
-        if how.masked or how.processed is not None:
+        if how.logprobs and (how.masked or how.processed is not None):
             logits = logits.clone()  # log probabilities are the model's own, of all tokens
         if how.processed is not None:
             how.failed.update(process(logits, how.processed))

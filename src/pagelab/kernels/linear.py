@@ -67,6 +67,7 @@ def _linear(
     M,
     N,
     eps,
+    zero,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,6 +189,13 @@ def _linear(
                         other=0.0,
                     )
                 up = tl.dot(a, b2, up, input_precision=PRECISION)
+            if NORM > 0 and BLOCK_M >= 64:
+                # so that the products end here. Triton lets them run on (wgmma), and has a place
+                # less for tiles of x, since these are also read for the norm: the next copy would
+                # overwrite a tile that is still being multiplied
+                acc += zero
+                if GATED:
+                    up += zero
     if NORM > 0:
         if NORM == 2:
             mean = total / K
@@ -370,6 +378,7 @@ def linear(
         rows,
         n,
         0.0 if norm is None else norm.eps,
+        0.0,
         k,
         tiling.block_m,
         tiling.block_n,

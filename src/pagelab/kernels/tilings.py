@@ -18,29 +18,27 @@ def tiling_for(rows: int, n: int, k: int, *, gated: bool, norm: bool) -> Tiling 
     """The tiling of an `[rows, k] · [n, k]ᵀ` product, `n` counted before a gate doubles it."""
     if rows > MAX_LINEAR_ROWS:
         return None
-    big = n * k * (2 if gated else 1) > 12_000_000
+    size = n * k * (2 if gated else 1)
+    big = size > 12_000_000
     whole = gated or norm  # K is not split
-    if rows <= 16:
-        tiling = _up_to_16(k, whole=whole, gated=gated, big=big)
-    else:
-        found = _up_to_64(32 if rows <= 32 else 64, k, whole=whole, gated=gated, big=big)
-        if found is None:
-            return None
-        tiling = found
-    return fitted(tiling, k)
+    if rows <= 16 and not big:
+        return fitted(_up_to_16(k, whole=whole, gated=gated), k)
+    # tiles of 64 rows are multiplied by faster instructions, which also few rows of a large
+    # weight gain from; 32 are ahead only where a weight is small
+    block_m = 32 if rows <= 32 and size < 2_500_000 else 64
+    found = _up_to_64(block_m, k, whole=whole, gated=gated, big=big)
+    return None if found is None else fitted(found, k)
 
 
-def _up_to_16(k: int, *, whole: bool, gated: bool, big: bool) -> Tiling:
+def _up_to_16(k: int, *, whole: bool, gated: bool) -> Tiling:
     if whole:
-        if big or k > 1024:
+        if k > 1024:
             return Tiling(16, 64, 128, stages=4, prefetch=512)
         if gated:
             return Tiling(16, 16, 256, resident=True)
         return Tiling(16, 32, 256, warps=8, resident=True)
     if k < 2048:
         return Tiling(16, 16, 128, stages=6, prefetch=1024)
-    if big:
-        return Tiling(16, 32, 128, split=4, stages=4, prefetch=1024)
     return Tiling(16, 32, 256, split=4, resident=True)
 
 

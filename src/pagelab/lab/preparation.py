@@ -70,6 +70,7 @@ class Plan:
             placement=cell.placement,
             max_num_seqs=cell.max_num_seqs,
             temperature=settings.temperature,
+            device=settings.device,
             threads=self.threads,
             seed=settings.seed,
             warm_up=self.warm_up,
@@ -213,6 +214,7 @@ def experiment_info(plan: Plan) -> ExperimentInfo:
     return {
         "command": settings.command_line(),
         "model": plan.facts.info,
+        "device": settings.device,
         "dtype": settings.dtype,
         "kv_memory_bytes": grid.base.kv_memory,
         "block_size": grid.base.block_size,

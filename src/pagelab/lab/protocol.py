@@ -82,6 +82,7 @@ class Job:
         placement: where contiguous ranges go.
         max_num_seqs: requests at once at most; None: the method's default.
         temperature: 0 is greedy.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         debug: tracebacks of expected errors go to the log.
     """
 
@@ -101,6 +102,7 @@ class Job:
     placement: str = "buddy"
     max_num_seqs: int | None = None
     temperature: float = 0.0
+    device: str = "cpu"
     debug: bool = False
 
     def settings(self) -> RunSettings:

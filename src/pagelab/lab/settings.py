@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pagelab.results import Objectives
 from pagelab.workloads import KINDS, ShapeOptions
 from pagelab.workloads.shapes import TooLong
 
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("budget", "batch")
 MAX_BLOCK_SIZE = 256
@@ -90,6 +92,7 @@ class ExperimentSettings:
         axes: `budget`: the same bytes for all; `batch`: the same number of requests at once.
         batch: that number; None: what `contiguous-max` holds in the base cell.
         max_model_len: tokens a request may reach; None: 2,048, or the model's own where less.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`, the same for all methods.
         dtype: of weights, activations and K/V, the same for all methods.
         temperature: 0 is greedy; above, equality of tokens is not compared.
         objectives: what goodput counts.
@@ -122,6 +125,7 @@ class ExperimentSettings:
     axes: tuple[str, ...] = AXES
     batch: int | None = None
     max_model_len: int | None = None
+    device: str = "auto"
     dtype: str = "float32"
     temperature: float = 0.0
     objectives: Objectives = field(default_factory=lambda: parse_objectives(DEFAULT_OBJECTIVES))
@@ -147,6 +151,8 @@ class ExperimentSettings:
         _check_list("--block-size", self.block_sizes, f"1 to {MAX_BLOCK_SIZE}")
         _check_list("--watermark", self.watermarks, "shares such as 0.05")
         _check_list("--rate", self.rates or None, "a rate")
+        if DEVICE.fullmatch(self.device) is None:
+            raise ConfigError(f"no device {self.device!r}: --device takes auto, cpu, cuda, cuda:N")
         if self.dtype not in DTYPES:
             raise ConfigError(f"no dtype {self.dtype!r}: --dtype takes {', '.join(DTYPES)}")
         for size in self.block_sizes:
@@ -231,6 +237,7 @@ class ExperimentSettings:
             "--axes": joined(self.axes),
             "--batch": self.batch,
             "--max-model-len": self.max_model_len,
+            "--device": self.device,
             "--dtype": self.dtype,
             "--temperature": self.temperature,
             "--objective": format_objectives(self.objectives),

@@ -52,6 +52,13 @@ def main() -> int:
         traceback.print_exc()
         return _fail(channel, "out of memory: lower --kv-memory, or use a smaller model or --dtype")
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            traceback.print_exc()
+            return _fail(
+                channel,
+                "out of GPU memory: lower --kv-memory or --max-num-batched-tokens, or use a "
+                "smaller model or --dtype",
+            )
         traceback.print_exc()
         return _fail(channel, f"{type(error).__name__}: {error}")
     return 0

@@ -22,6 +22,7 @@ def asked(experiment: ExperimentInfo) -> list[Fact]:
     facts = [
         ("Model", f"{model['name']} ({model['num_parameters'] / 1e6:,.0f} M parameters)"),
         ("Type", f"{experiment['dtype']}, on {experiment['threads']} threads"),
+        ("Device", experiment.get("device", "cpu")),
         ("KV budget", f"{_values(budgets)}: {slots:,} slots of {format_bytes(per_token)}"),
         ("Block size", f"{_values(blocks)} slots"),
         ("Maximum length", f"{experiment['max_model_len']:,} tokens a request"),

@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from pagelab.engine.async_llm import AsyncLLM, EngineState, Prompt
+from pagelab.engine.async_llm import AsyncLLM, Prompt
+from pagelab.engine.launch import EngineState
 from pagelab.engine.request_stream import CompletionDelta, RequestStream
 from pagelab.errors import EngineError, EngineUnavailableError, RequestTooLongError
 from pagelab.server.errors import ApiError

@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from pagelab import __version__
-from pagelab.engine.async_llm import EngineState
+from pagelab.engine.launch import EngineState
 from pagelab.server.documents import Status, Version, errors
 from pagelab.server.metrics import CONTENT_TYPE
 from pagelab.server.service import Service

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -10,6 +12,9 @@ from contextlib import contextmanager
 from pagelab.lab.protocol import Channel, Job
 from pagelab.results import KVCapacity, WorkloadRun
 from pagelab.workloads import Workload
+
+RUNS_BEFORE_ON_GPU = 2
+"""Of every workload: a shape's CUDA graph is captured when it comes for the second time."""
 
 
 class Reporter:
@@ -39,9 +44,15 @@ class Reporter:
         kv_live_bytes: int = 0,
         device_bytes: int | None = None,
     ) -> None:
-        """A named moment, with the K/V bytes in allocations and those that hold tokens."""
+        """A named moment, with the K/V bytes in allocations and those that hold tokens.
+
+        `device_bytes` is for where NVML does not know this process; None: what torch's allocator
+        has of a GPU.
+        """
         if self._muted:
             return
+        if device_bytes is None:
+            device_bytes = _bytes_of_torch()
         self._channel.send(
             {
                 "event": "stage",
@@ -62,6 +73,27 @@ class Reporter:
             self._channel.send(
                 {"event": "progress", "workload": workload, "done": done, "total": total}
             )
+
+
+def _gpu_in_use() -> bool:
+    """Whether this process computes on a GPU: then it has imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
+
+
+def _bytes_of_torch() -> int | None:
+    return int(sys.modules["torch"].cuda.memory_reserved()) if _gpu_in_use() else None
+
+
+def _backwards(workload: Workload) -> Workload:
+    """The same lengths, all there at the start, with every prompt's tokens in reverse order."""
+    requests = tuple(
+        dataclasses.replace(
+            request, prompt_token_ids=request.token_ids[::-1], prompt_text=None, arrival_s=0.0
+        )
+        for request in workload.requests
+    )
+    return dataclasses.replace(workload, requests=requests)
 
 
 class Method(ABC):
@@ -88,5 +120,14 @@ class Method(ABC):
         return 0, 0
 
     def warm_up(self) -> None:
-        """Do everything once that is slow the first time; time counts as warm-up."""
+        """Do everything once that is slow the first time; time counts as warm-up.
+
+        On a GPU every shape of a step is slow the first time (kernels are loaded or compiled,
+        graphs captured), so the workloads themselves run before they are measured, with other
+        tokens: nothing that is cached of them serves the measured run.
+        """
         self.run(self.job.warm_up)
+        if _gpu_in_use():
+            for _ in range(RUNS_BEFORE_ON_GPU):
+                for workload in self.job.workloads:
+                    self.run(_backwards(workload))

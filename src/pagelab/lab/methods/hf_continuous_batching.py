@@ -66,6 +66,7 @@ class HfContinuousBatching(TransformersMethod):
             "slots": slots,
             "num_blocks": self.cache.num_blocks,
             "block_size": self.cache.block_size,
+            "device": str(self.device),
             "note": f"{self.cache.num_blocks} blocks of {self.cache.block_size} slots and "
             f"{PADDING_BLOCKS} for padding, as transformers {transformers.__version__} laid "
             f"them out; prefixes are {sharing}; attention: "

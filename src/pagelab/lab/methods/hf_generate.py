@@ -26,6 +26,7 @@ class HfGenerate(TransformersMethod):
             "slots": self.pool,
             "num_blocks": None,
             "block_size": None,
+            "device": str(self.device),
             "note": "one request at a time; its cache grows by concatenation, and nothing holds "
             "it to the budget (each step copies a layer's K/V, which takes that much more "
             "for a moment)",

@@ -10,6 +10,7 @@ import torch
 from transformers import StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
+from pagelab.execution.loading import DeviceConfig, resolve_device
 from pagelab.lab.methods.base import Method
 from pagelab.models.fetch import resolve
 from pagelab.models.hf_export import to_transformers
@@ -20,11 +21,17 @@ class TransformersMethod(Method):
     """A method that calls `generate()` of transformers' model."""
 
     model: Any
+    device: torch.device
     bytes_per_token: int
     pool: int  # slots of the KV budget
 
     def load_model(self) -> None:
-        """Load weights, and set what all runs share: threads, sampling, no end of sequence."""
+        """Load weights, and set what all runs share: threads, sampling, no end of sequence.
+
+        Raises:
+            ConfigError: a device that is not there.
+        """
+        self.device, _ = resolve_device(DeviceConfig(device=self.job.device))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", module="transformers")
@@ -34,6 +41,7 @@ class TransformersMethod(Method):
         self.bytes_per_token = spec.kv_layout(self.job.dtype, 1).bytes_per_token
         self.pool = self.job.kv_memory // self.bytes_per_token
         self.model = to_transformers(source, spec, dtype=self.job.dtype).eval()
+        self.model = self.model.to(self.device)
         config = self.model.generation_config
         config.eos_token_id = None  # nothing ends early, and no token is suppressed for it
         config.pad_token_id = 0
@@ -66,8 +74,8 @@ class TransformersMethod(Method):
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         with torch.inference_mode():
             output = self.model.generate(
-                torch.tensor(padded),
-                attention_mask=torch.tensor(mask),
+                torch.tensor(padded, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=[on_token],
                 **options,
@@ -91,6 +99,8 @@ class OnToken(StoppingCriteria):  # type: ignore[misc]
         """A token was sampled for every row at `t` seconds of the workload; the count-th one."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.is_cuda:  # the token is there when the GPU has made it
+            torch.cuda.synchronize(input_ids.device)
         now = time.perf_counter() - self.started
         self.times.append(now)
         self.token(now, len(self.times))

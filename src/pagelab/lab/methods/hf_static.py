@@ -53,6 +53,7 @@ class HfStatic(TransformersMethod):
             "slots": self.pool,
             "num_blocks": None,
             "block_size": None,
+            "device": str(self.device),
             "note": f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {length} slots, "
             "allocated for each batch; padding, and rows whose request has ended, count as "
             "internal waste, the rest of the budget as external while requests wait",

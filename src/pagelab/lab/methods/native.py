@@ -26,7 +26,7 @@ class Native(Method):
             raise ConfigError("the method pagelab needs an allocator")
         llm = LLM(
             job.model,
-            device="cpu",
+            device=job.device,
             dtype=job.dtype,
             kv_memory=job.kv_memory,
             block_size=job.block_size,
@@ -56,6 +56,7 @@ class Native(Method):
             "slots": slots,
             "num_blocks": memory.num_blocks,
             "block_size": memory.block_size,
+            "device": str(llm.device),
             "note": f"{memory.num_blocks} blocks of {memory.block_size} slots, "
             f"given out by {self.core.kv.allocator.name}"
             + (f", {memory.placement} placement" if self.core.kv.allocator.contiguous else ""),

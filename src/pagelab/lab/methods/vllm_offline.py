@@ -80,6 +80,7 @@ class Vllm(Method):
         spec = load_spec(source)
         self.bytes_per_token = spec.kv_layout(job.dtype, 1).bytes_per_token
         self._check_lengths()
+        self._check_device()
         with _hf_folder(source, spec, job.dtype) as folder:
             self.llm = self._start(folder)
         engine = self.llm.llm_engine
@@ -135,6 +136,19 @@ class Vllm(Method):
                         f"{request.id} needs {request.total_tokens} tokens, more than "
                         f"{job.max_model_len}: raise --max-model-len"
                     )
+
+    def _check_device(self) -> None:
+        """An installation of vLLM runs on one kind of device."""
+        try:
+            own = str(importlib.import_module("vllm.platforms").current_platform.device_type)
+        except (ImportError, AttributeError):  # it is not said: vllm itself will complain
+            return
+        asked = self.job.device.partition(":")[0]
+        if asked not in ("auto", own):
+            raise MethodUnavailableError(
+                f"the vllm that is installed runs on {own}, not on --device {self.job.device}: "
+                "leave it out of --methods"
+            )
 
     def _start(self, folder: Path) -> Any:
         job = self.job

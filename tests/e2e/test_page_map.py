@@ -5,11 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from pagelab.cli import main
+from pagelab.results import load_results
 from pagelab.server.page import page_text
 from pagelab.server.settings import ServerSettings
 from tests.support.browser import CHROMIUM, Browser
@@ -159,3 +165,51 @@ def test_nobody_looking_costs_nothing() -> None:
         looks()
         server.until(lambda: server.app.state.service.page_map.num_clients == 0)
         assert server.llm._watch_every is None
+
+
+def test_a_recording_is_a_report_with_the_blocks_of_that_time(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with running(step_s=0.01) as server:
+        assert fetched(server, "/map/recording")[0] == 404
+        opened(browser, server)
+        with load(server, 3):
+            browser.until("document.querySelectorAll('#requests tr').length >= 3")
+            time.sleep(1.5)
+        server.until(server.idle)
+        time.sleep(0.5)
+        status, text = fetched(server, "/map/recording")
+        assert status == 200
+        browser.run("document.getElementById('save').click()")
+        assert not [error for error in browser.errors if "404" not in error]
+    path = tmp_path / "recording.json"
+    path.write_text(text)
+    results = load_results(path)
+    (workload,) = results["runs"][0]["workloads"]
+    steps = workload["steps"]
+    for i in range(len(steps["t"])):
+        states = ("live", "reserved", "internal", "cached", "free", "external")
+        assert sum(steps[state][i] for state in states) == 256 * 4  # type: ignore[literal-required]
+    holders: dict[int, int] = {}
+    held = []
+    events = deque(workload["block_events"])
+    for step in range(len(steps["t"])):
+        while events and events[0][0] == step:
+            _, block, holder = events.popleft()
+            holders[block] = holder
+        held.append(sum(holder >= 0 for holder in holders.values()))
+    for blocks, live, unwritten in zip(held, steps["live"], steps["reserved"], strict=True):
+        assert blocks * 4 >= live  # a shared block counts once
+        assert blocks * 4 <= live + unwritten
+    assert held[-1] == 0
+    ended = [r for r in workload["requests"] if r["finish_reason"] == "length"]
+    assert ended
+    done = CliRunner().invoke(main, ["report", str(path)])
+    assert done.exit_code == 0, done.output
+
+
+def fetched(server: RunningServer, path: str) -> tuple[int, str]:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()

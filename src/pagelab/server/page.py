@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any
@@ -15,6 +17,7 @@ from pagelab.server.errors import ApiError
 from pagelab.server.page_map import MOST_CLIENTS
 from pagelab.server.service import Service
 from pagelab.server.sse import EventStream
+from pagelab.telemetry import describe_environment
 
 router = APIRouter()
 
@@ -62,6 +65,23 @@ async def map_block(
     if service.settings.show_text and service.llm.has_tokenizer:
         found["text"] = service.llm.tokenizer.decode(facts.token_ids, skip_special_tokens=False)
     return found
+
+
+@router.get("/map/recording", responses=errors(401, 404, 500, 503))
+async def map_recording(request: Request) -> Response:
+    """The last minutes as a results file for `pagelab report`."""
+    service: Service = request.app.state.service
+    environment = await asyncio.to_thread(describe_environment)
+    found = service.page_map.recording.results(service.llm.info, environment)
+    if found is None:
+        raise ApiError(404, "nothing was recorded yet: the page map records while it is open")
+    text = await asyncio.to_thread(json.dumps, found)
+    name = "pagelab-recording.json"
+    return Response(
+        text,
+        media_type="application/json",
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+    )
 
 
 @cache

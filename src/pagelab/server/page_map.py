@@ -21,6 +21,7 @@ from pagelab.engine.messages import BlockNews, EngineInfo, RequestRow, StepStats
 from pagelab.engine.request_stream import RequestStream
 from pagelab.metrics import percentile
 from pagelab.server.metrics import ServerMetrics
+from pagelab.server.recording import Recording
 from pagelab.server.sse import event
 
 EVERY_S = 0.2
@@ -44,6 +45,7 @@ class PageMap:
         self._last: BlockNews | None = None
         self._clients: set[asyncio.Queue[bytes]] = set()
         self._closed = asyncio.Event()
+        self.recording = Recording()
 
     @property
     def num_clients(self) -> int:
@@ -60,10 +62,12 @@ class PageMap:
         """`Observer`."""
 
     def ended(self, stream: RequestStream) -> None:
-        """`Observer`."""
+        """For the recording."""
+        self.recording.ended(stream)
 
     def started(self, info: EngineInfo) -> None:
         """A new engine has an empty pool."""
+        self.recording.clear()
         self._blocks.clear()
         self._tables.clear()
         self._last = None
@@ -85,6 +89,7 @@ class PageMap:
             kept = before.get(key, ())[: row.kept]
             self._tables[key] = kept + row.block_ids if row.block_ids else kept
         self._last = news
+        self.recording.add(news)
         if news.everything:
             self._tell(self._everything())
         else:

@@ -444,6 +444,20 @@
     connect();
   });
 
+  byId("save").addEventListener("click", async () => {
+    const answer = await fetch("/map/recording", { headers: headers() });
+    const found = await answer.json();
+    if (!answer.ok) {
+      line(found.error.message, "error");
+      return;
+    }
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(found)], { type: "application/json" }));
+    link.download = "pagelab-recording.json";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+
   byId("pause").addEventListener("click", () => {
     view.paused = !view.paused;
     byId("pause").setAttribute("aria-pressed", String(view.paused));

@@ -177,7 +177,9 @@ def main() -> int:
         figures = ", ".join(f"p{q} {percentile(result[name], q):.3f}" for q in (50, 95, 99, 100))
         print(f"{name.upper()} (s): {figures}")
     print(f"memory of its processes: {mib[0]} MiB before, {max(mib)} MiB at most")
-    print(f"event loop: never more than {late[0]} s late in {lag['+Inf']:.0f} looks")
+    over = lag["+Inf"] - lag["0.05"]
+    looks = f"{lag['+Inf']:.0f} looks, {over:.0f} times more than 0.05"
+    print(f"event loop: never more than {late[0]} s late in {looks}")
     for error in result["lost"][:3]:
         print("lost:", error)
     return 1 if result["lost"] or mixed else 0

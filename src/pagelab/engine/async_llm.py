@@ -51,6 +51,9 @@ Prompt = str | Sequence[int]
 LONG_TEXT = 20_000
 """Characters from which a text is tokenized in a thread: about 5 ms, which others need not wait."""
 
+A_TURN = 32
+"""Tokens handed out in one turn of the event loop: each wakes a task that writes for 0.1 ms."""
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # before an engine is started again
 
 
@@ -348,7 +351,7 @@ class AsyncLLM:
         while True:
             while (message := await process.receive()) is not None:
                 try:
-                    self._handle(message)
+                    await self._handle(message)
                 except Exception:
                     logger.exception("a message of the engine could not be handled")
             how = await process.end(grace_s=0.5)
@@ -371,9 +374,9 @@ class AsyncLLM:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 logger.error("the engine did not start (%s); again in %.1f s", error, pause)
 
-    def _handle(self, message: Any) -> None:
+    async def _handle(self, message: Any) -> None:
         if isinstance(message, News):
-            self._take_news(message)
+            await self._take_news(message)
         elif isinstance(message, BlockNews):
             for observer in self.observers:
                 observer.blocks_changed(message)
@@ -384,7 +387,8 @@ class AsyncLLM:
                 if not answer.done():
                     answer.set_result(facts)
 
-    def _take_news(self, news: News) -> None:
+    async def _take_news(self, news: News) -> None:
+        """Hand a step out, a few tokens a turn of the event loop, so that others get theirs too."""
         streams = self._streams
         for request_id in news.accepted:
             stream = streams.get(request_id)
@@ -401,7 +405,9 @@ class AsyncLLM:
             stream = streams.get(request_id)
             if stream is not None:
                 stream.prompt_logprobs = logprobs
-        for token in news.tokens:
+        for i, token in enumerate(news.tokens):
+            if i % A_TURN == A_TURN - 1:
+                await asyncio.sleep(0)
             stream = streams.get(token[0])
             if stream is not None:
                 if not stream.has_tokens and token[2] is not None:

@@ -41,7 +41,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     generation = await answer(request, work, limit)
     reply = _Reply(service, generation, body)
     if body.stream:
-        return EventStream(reply.events(), deadline - time.monotonic())
+        return EventStream(reply.events(), deadline - time.monotonic(), generation.close)
     try:
         return await answer(request, reply.whole(), deadline - time.monotonic())
     finally:

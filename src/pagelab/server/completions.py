@@ -42,7 +42,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     generation = await answer(request, work, limit)
     reply = _Reply(service, generation, body)
     if body.stream:
-        return EventStream(reply.events(), deadline - time.monotonic())
+        return EventStream(reply.events(), deadline - time.monotonic(), generation.close)
     try:
         return await answer(request, reply.whole(), deadline - time.monotonic())
     finally:

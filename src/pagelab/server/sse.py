@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -33,7 +33,8 @@ def event(data: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come. `events` is closed at its end and when the client goes away.
+    """Sends events as they come. At its end, and when the client goes away, `events` is closed and
+    `close` is called (a generator that was never begun does nothing when it is closed).
 
     A slow reader makes only its own generator wait (uvicorn's flow control), and one that does not
     read at all is given up after `timeout_s` seconds.
@@ -41,22 +42,30 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        timeout_s: float | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._timeout_s = timeout_s
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _until_gone(self._pump(send), receive, self._timeout_s)
         except TimeoutError as error:
             last = event(of_exception(error).body())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):  # it may be the client that does not read
                     await send({"type": "http.response.body", "body": last})
+        finally:
+            self._close()
 
     async def _pump(self, send: Send) -> None:
         try:

@@ -160,6 +160,31 @@ def test_the_helpers_of_the_package_understand_the_stream(client: openai.OpenAI)
         assert message.content == whole[: whole.index(stop)]
 
 
+def test_responses_whole_and_streamed(client: openai.OpenAI) -> None:
+    prompt = "<s>system: be brief</s><s>user: hello</s><s>assistant: "
+    options: Any = {"model": "toy", "input": "hello", "instructions": "be brief",
+                    "max_output_tokens": 12, "temperature": 0}  # fmt: skip
+    done = client.responses.create(**options)
+    text = expected(prompt, 12)
+    assert text.startswith(done.output_text)  # an end-of-sequence token may come before
+    assert done.usage is not None
+    assert done.usage.output_tokens <= 12
+    kinds: list[str] = []
+    parts = ""
+    for told in client.responses.create(**options, stream=True):
+        kinds.append(told.type)
+        if told.type == "response.output_text.delta":
+            parts += told.delta
+    assert parts == done.output_text
+    assert kinds[0] == "response.created"
+    assert kinds[-1] in ("response.completed", "response.incomplete")
+    listed = client.responses.create(**options | {"input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]})  # fmt: skip
+    assert listed.output_text == done.output_text
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(**options, previous_response_id="resp_1")
+
+
 def test_many_asynchronous_streams_are_not_mixed_up(server: RunningServer) -> None:
     async def one(client: openai.AsyncOpenAI, i: int) -> None:
         prompt = f"prompt {i}"

@@ -43,6 +43,13 @@ def test_every_option_is_a_keyword_of_the_engine_and_a_field_of_a_benchmark() ->
         assert all(backend in text for backend in BACKENDS)
 
 
+def test_a_server_without_its_extra_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = pagelab("serve")
+    assert done.exit_code == 1
+    assert "pip install 'pagelab[server]'" in done.output
+
+
 def test_what_is_given_reaches_the_engine_and_the_rest_is_left_to_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from pagelab import __version__
 from pagelab.engine.async_llm import AsyncLLM
-from pagelab.server import chat, completions, errors, page, status, tokens
+from pagelab.server import chat, completions, errors, page, responses, status, tokens
 from pagelab.server.access import Access
 from pagelab.server.metrics import ServerMetrics
 from pagelab.server.page_map import PageMap
@@ -70,7 +70,7 @@ def make_app(
     app.state.service = service
     errors.install(app)
     app.add_exception_handler(ClientGoneError, _nobody_listens)
-    for module in (completions, chat, tokens, status):
+    for module in (completions, chat, responses, tokens, status):
         app.include_router(module.router)
     if settings.page_map:
         app.include_router(page.router)

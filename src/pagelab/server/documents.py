@@ -82,6 +82,18 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class ResponseObject(BaseModel):
+    """An answer of `/v1/responses`; OpenAI's object has more fields, all of them there."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
 class ModelCard(BaseModel):
     """One model."""
 
@@ -138,7 +150,7 @@ def _streaming(model: type[BaseModel]) -> Responses:
         200: {
             "model": model,
             "description": "The answer; with stream = true, events with chunks of it.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {}},
         },
         422: {"model": ErrorBody, "description": "Never: errors of validation are 400."},
         **errors(*_GENERATING),
@@ -147,6 +159,7 @@ def _streaming(model: type[BaseModel]) -> Responses:
 
 COMPLETION_RESPONSES = _streaming(Completion)
 CHAT_RESPONSES = _streaming(ChatCompletion)
+RESPONSE_RESPONSES = _streaming(ResponseObject)
 SMALL_RESPONSES: Responses = {
     422: {"model": ErrorBody, "description": "Never: errors of validation are 400."},
     **errors(400, 401, 404, 413, 500, 503),

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from starlette.responses import Response
 
 from pagelab.server.chat import template_messages
-from pagelab.server.documents import ErrorBody, errors
+from pagelab.server.documents import RESPONSE_RESPONSES
 from pagelab.server.errors import of_exception
 from pagelab.server.schemas import IGNORED, ChatMessage
 from pagelab.server.service import Generation, Service
@@ -109,10 +109,7 @@ class ResponsesRequest(BaseModel):
 
 @router.post(
     "/v1/responses",
-    responses={
-        422: {"model": ErrorBody, "description": "Never: errors of validation are 400."},
-        **errors(400, 401, 404, 408, 413, 429, 500, 503),
-    },
+    responses=RESPONSE_RESPONSES,
 )
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer, once or as events."""

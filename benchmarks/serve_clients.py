@@ -5,7 +5,8 @@
 The same prompts first run offline (`LLM.generate`, all at once, a process of its own), some of them
 alone; then `pagelab serve` gets them from so many clients at the same time. Each stream's text must
 be that of its request offline. Printed: tokens a second of both, memory of the server's processes,
-how late its event loop was, and latencies. Exit code 1 if a stream was lost or mixed up.
+how late its event loop was, latencies, and seconds of CPU: on a machine that others use, too, only
+these say what the server costs. Exit code 1 if a stream was lost or mixed up.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ async def served(options: argparse.Namespace, port: int, pid: int) -> dict[str, 
         except HttpError as error:
             lost.append(str(error))
 
+    (engine,) = server.children()
+    cpu = [cpu_s(server), cpu_s(engine)]
     watching = asyncio.create_task(watch())
     started = time.perf_counter()
     await asyncio.gather(*(one(i, p, started) for i, p in enumerate(prompts(options.clients))))
@@ -100,6 +103,7 @@ async def served(options: argparse.Namespace, port: int, pid: int) -> dict[str, 
         "ttft": firsts,
         "itl": gaps,
         "memory": memory,
+        "cpu": [cpu_s(server) - cpu[0], cpu_s(engine) - cpu[1]],
         "lag": {le: n - before[le] for le, n in loop_lag(await metrics(endpoint)).items()},
     }
 
@@ -117,6 +121,12 @@ def loop_lag(text: str) -> dict[str, float]:
     """Observations of the event loop's lag, by the bucket's bound."""
     found = re.findall(r'pagelab_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', text)
     return {bound: float(count) for bound, count in found}
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Seconds of CPU that a process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def rss(process: psutil.Process) -> int:
@@ -176,6 +186,12 @@ def main() -> int:
     for name in ("ttft", "itl"):
         figures = ", ".join(f"p{q} {percentile(result[name], q):.3f}" for q in (50, 95, 99, 100))
         print(f"{name.upper()} (s): {figures}")
+    front, engine = result["cpu"]
+    each = front / (options.clients * options.tokens) * 1e6
+    print(
+        f"CPU: the server {front:.2f} s ({each:.0f} µs a token), the engine {engine:.2f} s: "
+        f"{100 * front / (front + engine):.1f} % is the server's"
+    )
     print(f"memory of its processes: {mib[0]} MiB before, {max(mib)} MiB at most")
     over = lag["+Inf"] - lag["0.05"]
     looks = f"{lag['+Inf']:.0f} looks, {over:.0f} times more than 0.05"

@@ -7,6 +7,7 @@ tokens, and each test stands for several things. `tests/gpu` asks for more, on a
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -141,6 +142,34 @@ def test_a_step_that_fails_harms_only_those_in_it(monkeypatch: pytest.MonkeyPatc
     llm.generate([[1, 2], [3, 4]], greedy(1))  # now the failed one's row is given away
     (output,) = llm.generate([SHORT], greedy(STEPS))
     assert output.token_ids == answer("llama", SHORT)
+
+
+def test_a_step_that_fails_takes_no_results_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(range(start, start + 16)) for start in (1, 30, 60)]
+    llm = engine("llama", max_steps_in_flight=2, max_num_batched_tokens=16, prefix_caching=False)
+    runner = gpu_runner_of(llm)
+    run, calls = runner._run, itertools.count()
+
+    def fails_the_second_time(*args: Any) -> None:
+        if next(calls) == 1:
+            fail()
+        run(*args)
+
+    monkeypatch.setattr(runner, "_run", fails_the_second_time)
+    first, second, third = llm.generate([tuple(prompt) for prompt in prompts], greedy(1))
+    assert second.outputs[0].error is not None
+    # the first one's step was under way and not collected when the second one's failed
+    assert first.token_ids == answer("llama", prompts[0], 1)
+    assert third.token_ids == answer("llama", prompts[2], 1)
+
+
+def test_a_temperature_beyond_float32_is_the_largest_one() -> None:
+    hot = SamplingParams(max_tokens=2, temperature=1e39, seed=1, ignore_eos=True)
+    prompt = list(range(5))
+    llm = engine("llama")
+    drawn, plain = llm.generate([tuple(prompt)] * 2, [hot, greedy(2)])
+    assert len(drawn.token_ids) == 2
+    assert plain.token_ids == answer("llama", prompt, 2)
 
 
 def test_failures_one_after_the_other_leave_room_for_others(

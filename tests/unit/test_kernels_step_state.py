@@ -199,13 +199,12 @@ def test_every_step_has_a_slot_in_turn_also_after_one_that_failed() -> None:
 
     def step(token: int, *, fails_after: int = 2) -> torch.Tensor:
         slot = mailbox.open(2)
+        mailbox.keep() if fails_after > 1 else mailbox.lose()
         if fails_after > 0:
             apply_updates(words(0, 0), words(0), LAUNCH, mailbox)
         if fails_after > 1:
             results = torch.stack([words(token, token + 1), words(1, 1), words(1, 0)])
             advance(words(1, 2), results, state, words(0, 0), mailbox, LAUNCH)
-        else:
-            mailbox.lose()
         return slot
 
     def read(slot: torch.Tensor) -> Any:
@@ -218,6 +217,7 @@ def test_every_step_has_a_slot_in_turn_also_after_one_that_failed() -> None:
     apply_updates(words(0, 0), words(0), LAUNCH)
     assert read(step(40)) == [40, 41]
     for fails_after in (0, 1):  # before the device took its turn, and behind it
+        before = [step(50), step(60)]  # not collected yet
         step(0, fails_after=fails_after)
-        assert read(step(50)) == [50, 51]
-        assert read(step(60)) == [60, 61]
+        after = step(70)
+        assert [read(slot) for slot in (*before, after)] == [[50, 51], [60, 61], [70, 71]]

@@ -14,6 +14,7 @@ from pagelab.lab.methods.base import Method
 from pagelab.lab.methods.hf_continuous_batching import HfContinuousBatching
 from pagelab.lab.methods.hf_generate import HfGenerate
 from pagelab.lab.methods.hf_static import HfStatic
+from pagelab.lab.methods.native import Native
 from pagelab.lab.protocol import MethodUnavailableError
 from pagelab.results import WorkloadRun
 from pagelab.workloads import Workload, WorkloadRequest
@@ -187,8 +188,27 @@ def test_on_a_gpu_the_workloads_run_first_with_other_tokens(
     monkeypatch.setattr(base, "_bytes_of_torch", lambda: 7)
     method, _, told = start(HfGenerate, job(tiny_model("llama"), asked))
     assert [w.name for w in seen] == ["warm-up", "asked", "asked"]
-    for before, request in zip(seen[-1].requests, asked.requests, strict=True):
-        assert before.token_ids == request.token_ids[::-1]
-        assert before.max_tokens == request.max_tokens
+    for first, second, request in zip(
+        seen[1].requests, seen[2].requests, asked.requests, strict=True
+    ):
+        for a, b, c in zip(first.token_ids, second.token_ids, request.token_ids, strict=True):
+            assert len({a, b, c}) == 3, "a prefix cache finds nothing of another run"
+        assert first.max_tokens == second.max_tokens == request.max_tokens
+    # progress is told, so that nobody takes a long warm-up for a method that hangs
+    assert '"workload":"warm-up"' in told.getvalue()
+    assert '"stage"' not in told.getvalue()
     method.reporter.stage("a stage")
     assert '"device_bytes":7' in told.getvalue()
+
+
+def test_a_warm_up_leaves_nothing_in_our_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_gpu_in_use", lambda: True)
+    monkeypatch.setattr(base, "_bytes_of_torch", lambda: 7)
+    asked = workload("asked", [(40, 2), (33, 3)])
+    method, _, _ = start(Native, job(tiny_model("llama"), asked, allocator="paged"))
+    assert isinstance(method, Native)
+    assert method.core.kv.pool.num_cached == 0
+    method.core.kv.pool.check_invariants()
+    run = method.run(asked)
+    assert run["steps"]["cached"][0] == 0
+    assert method.core.kv.pool.num_cached > 0, "which it otherwise has"

@@ -192,7 +192,12 @@ def test_a_vllm_for_another_device_is_refused(
     platforms = types.ModuleType("vllm.platforms")
     platforms.current_platform = types.SimpleNamespace(device_type="cuda")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
-    with pytest.raises(MethodUnavailableError, match="runs on cuda, not on --device cpu"):
-        start(Vllm, job(model, device="cpu"))
-    for device in ("auto", "cuda:0"):
-        start(Vllm, job(model, device=device))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device in ("cpu", "auto"):  # there is no GPU for the others
+        with pytest.raises(MethodUnavailableError, match="runs on cuda, and the other methods on"):
+            start(Vllm, job(model, device=device))
+    with pytest.raises(MethodUnavailableError, match="set CUDA_VISIBLE_DEVICES=1"):
+        start(Vllm, job(model, device="cuda:1"))
+    method, capacity, _ = start(Vllm, job(model, device="cuda:0", workloads=()))
+    assert capacity["device"] == "cuda"
+    assert method.on_gpu()

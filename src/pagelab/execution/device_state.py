@@ -213,8 +213,9 @@ class DeviceState:
         self._words.append(word)
 
 
+_LARGEST = float(np.finfo(np.float32).max)
 _FLOAT32, _FLOAT32_BITS = struct.Struct("<f"), struct.Struct("<I")
 
 
 def _bits(value: float) -> int:
-    return _FLOAT32_BITS.unpack(_FLOAT32.pack(value))[0]  # type: ignore[no-any-return]
+    return _FLOAT32_BITS.unpack(_FLOAT32.pack(min(value, _LARGEST)))[0]  # type: ignore[no-any-return]

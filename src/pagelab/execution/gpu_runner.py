@@ -225,6 +225,7 @@ class GpuRunner:
             in_flight.failed, in_flight.prompts = how.failed, how.prompts
             in_flight.done = self._record()
             self._under_way.append(step)
+            self._mailbox.keep()
             return in_flight
 
     def collect(self, handle: InFlight) -> StepResult:

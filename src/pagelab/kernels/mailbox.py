@@ -35,21 +35,33 @@ class Mailbox:
             slots, 3, aligned(max_seqs), dtype=torch.int32, pin_memory=device.type == "cuda"
         )
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
-        self._last = 0
+        self._last = 0  # the slot of the last step that was started
         self._agreed = True
 
     def open(self, num_seqs: int) -> torch.Tensor:
-        """The slot `[3, num_seqs]` of the step that is launched next on the current stream."""
-        slots = len(self.words)
+        """The slot `[3, num_seqs]` of the step that is launched next on the current stream.
+
+        Then comes `keep`, or `lose`.
+        """
         if not self._agreed:
             self.turn.fill_(self._last)
             self._agreed = True
-        self._last = (self._last + 1) % slots
-        return self.words[self._last, :, :num_seqs]
+        return self.words[self._next(), :, :num_seqs]
+
+    def keep(self) -> None:
+        """The step was started: its slot is its own until everybody else had a turn."""
+        self._last = self._next()
 
     def lose(self) -> None:
-        """A step was opened and nobody knows whether the device took its turn."""
+        """A step failed, and nobody knows whether the device took its turn.
+
+        The next step gets the same slot: another one may still hold the results of a step that is
+        not collected. What the failed step may still write there, it writes before.
+        """
         self._agreed = False
+
+    def _next(self) -> int:
+        return (self._last + 1) % len(self.words)
 
 
 @triton.jit

@@ -138,8 +138,9 @@ class CompareProgress:
             self._task = None
 
     def _advance(self, event: ProgressMade) -> None:
-        if self._task is None:
-            return
+        if self._task is None:  # it warms up
+            self._started = time.monotonic()
+            self._task = self._bars.add_task(event.workload, total=event.total, rate="")
         elapsed = time.monotonic() - self._started
         rate = f"{event.done / elapsed:,.1f} tok/s" if elapsed > 0 else ""
         self._bars.update(self._task, completed=event.done, total=event.total, rate=rate)

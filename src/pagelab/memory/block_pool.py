@@ -128,6 +128,12 @@ class BlockPool:
             self.placement.give_back(freed[::-1])
         self.version += 1
 
+    def drop_cached(self) -> None:
+        """Make free blocks of all cached ones: their content is not found any more."""
+        while self._cached:
+            self._evict()
+        self.version += 1
+
     def set_written(self, block_id: BlockId, count: int) -> None:
         """Say that the first `count` slots of a held block hold K/V."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} is written and nobody holds it"

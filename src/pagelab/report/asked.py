@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pagelab.config import format_bytes
@@ -11,8 +12,8 @@ from pagelab.results import Counts, ExperimentInfo, Objectives, WorkloadInfo
 Fact = tuple[str, str]
 
 
-def asked(experiment: ExperimentInfo) -> list[Fact]:
-    """Names and values; of what varies, the base's value first."""
+def asked(experiment: ExperimentInfo, devices: Sequence[str] = ()) -> list[Fact]:
+    """Names and values; of what varies, the base's value first. `devices`: where it ran."""
     model = experiment["model"]
     per_token = model["kv_bytes_per_token"]
     slots = experiment["kv_memory_bytes"] // per_token if per_token else 0
@@ -22,7 +23,7 @@ def asked(experiment: ExperimentInfo) -> list[Fact]:
     facts = [
         ("Model", f"{model['name']} ({model['num_parameters'] / 1e6:,.0f} M parameters)"),
         ("Type", f"{experiment['dtype']}, on {experiment['threads']} threads"),
-        ("Device", experiment.get("device", "cpu")),
+        ("Device", ", ".join(devices) or experiment.get("device", "cpu")),
         ("KV budget", f"{_values(budgets)}: {slots:,} slots of {format_bytes(per_token)}"),
         ("Block size", f"{_values(blocks)} slots"),
         ("Maximum length", f"{experiment['max_model_len']:,} tokens a request"),

@@ -62,7 +62,7 @@ def render_html(results: Results) -> str:
         "not_ok": not_ok(results),
         "simulated": simulated,
         "all_simulated": len(simulated) == len(found),
-        "asked": asked(results["experiment"]),
+        "asked": asked(results["experiment"], _devices(results)),
         "workloads": [workload_facts(w) for w in results["experiment"]["workloads"]],
         "most_requests": MOST_REQUESTS,
         "most_findings": MOST_FINDINGS,
@@ -143,6 +143,12 @@ def _script(text: str) -> Markup:
     # Inside strings and regular expressions, where alone these can occur, a backslash changes
     # nothing; it keeps the HTML parser from seeing an end or a comment.
     return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _devices(results: Results) -> list[str]:
+    """Where the methods ran; a method that does not say counts as on the CPU."""
+    found = (run["kv"] for run in results["runs"])
+    return sorted({kv.get("device", "cpu") for kv in found if kv is not None})
 
 
 def _title(results: Results) -> str:

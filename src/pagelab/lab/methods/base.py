@@ -29,7 +29,7 @@ class Reporter:
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Tell nothing meanwhile: a warm-up is no stage of the run."""
+        """Tell of no stages meanwhile: a warm-up is none of the run's. Progress is its own."""
         self._muted = True
         try:
             yield
@@ -68,10 +68,11 @@ class Reporter:
         """Output tokens so far; told a few times a second at most, and at the end."""
         now = time.monotonic()
         due = done >= total or now - self._last >= self.PROGRESS_EVERY_S
-        if due and not self._muted:
+        if due:
             self._last = now
+            name = "warm-up" if self._muted else workload
             self._channel.send(
-                {"event": "progress", "workload": workload, "done": done, "total": total}
+                {"event": "progress", "workload": name, "done": done, "total": total}
             )
 
 
@@ -82,14 +83,22 @@ def _gpu_in_use() -> bool:
 
 
 def _bytes_of_torch() -> int | None:
-    return int(sys.modules["torch"].cuda.memory_reserved()) if _gpu_in_use() else None
+    """What torch's allocator has of all GPUs."""
+    if not _gpu_in_use():
+        return None
+    cuda = sys.modules["torch"].cuda
+    return sum(int(cuda.memory_reserved(i)) for i in range(cuda.device_count()))
 
 
-def _backwards(workload: Workload) -> Workload:
-    """The same lengths, all there at the start, with every prompt's tokens in reverse order."""
+def _with_other_tokens(workload: Workload, shift: int) -> Workload:
+    """The same requests, lengths and common beginnings, but every token another one."""
+    ids = [token for request in workload.requests for token in request.token_ids]
+    limit = max(ids, default=0) + 1  # the model has ids up to here
     requests = tuple(
         dataclasses.replace(
-            request, prompt_token_ids=request.token_ids[::-1], prompt_text=None, arrival_s=0.0
+            request,
+            prompt_token_ids=tuple((token + shift) % limit for token in request.token_ids),
+            prompt_text=None,
         )
         for request in workload.requests
     )
@@ -123,11 +132,15 @@ class Method(ABC):
         """Do everything once that is slow the first time; time counts as warm-up.
 
         On a GPU every shape of a step is slow the first time (kernels are loaded or compiled,
-        graphs captured), so the workloads themselves run before they are measured, with other
-        tokens: nothing that is cached of them serves the measured run.
+        graphs captured), so the workloads themselves run before they are measured, each time with
+        other tokens: nothing that is cached of them serves a later run.
         """
         self.run(self.job.warm_up)
-        if _gpu_in_use():
-            for _ in range(RUNS_BEFORE_ON_GPU):
+        if self.on_gpu():
+            for shift in range(1, RUNS_BEFORE_ON_GPU + 1):
                 for workload in self.job.workloads:
-                    self.run(_backwards(workload))
+                    self.run(_with_other_tokens(workload, shift))
+
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU; asked after `setup`."""
+        return _gpu_in_use()

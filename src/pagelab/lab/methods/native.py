@@ -62,6 +62,11 @@ class Native(Method):
             + (f", {memory.placement} placement" if self.core.kv.allocator.contiguous else ""),
         }
 
+    def warm_up(self) -> None:
+        """As of any method; what the prefix cache kept of it is dropped."""
+        super().warm_up()
+        self.core.kv.pool.drop_cached()
+
     def run(self, workload: Workload) -> WorkloadRun:
         """Add requests as they arrive, and step until all have ended."""
         return replay(

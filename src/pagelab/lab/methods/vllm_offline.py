@@ -96,6 +96,7 @@ class Vllm(Method):
             "slots": slots,
             "num_blocks": self.num_blocks,
             "block_size": self.block_size,
+            "device": _device_of_vllm() or "unknown",
             "note": f"{self.num_blocks} blocks of {self.block_size} slots, as vllm "
             f"{self._vllm.__version__} says; one of them is its null block, never given out "
             "(counted as internal); blocks in use by its own statistics, the tails of last blocks "
@@ -137,17 +138,29 @@ class Vllm(Method):
                         f"{job.max_model_len}: raise --max-model-len"
                     )
 
+    def on_gpu(self) -> bool:
+        """The model is in a process of vLLM's own."""
+        return _device_of_vllm() == "cuda"
+
     def _check_device(self) -> None:
-        """An installation of vLLM runs on one kind of device."""
-        try:
-            own = str(importlib.import_module("vllm.platforms").current_platform.device_type)
-        except (ImportError, AttributeError):  # it is not said: vllm itself will complain
+        """An installation of vLLM runs on one kind of device, and there on the first one."""
+        own = _device_of_vllm()
+        if own is None:
             return
-        asked = self.job.device.partition(":")[0]
-        if asked not in ("auto", own):
+        asked, _, index = self.job.device.partition(":")
+        if asked == "auto":  # as the other methods take it
+            import torch
+
+            asked = "cuda" if torch.cuda.is_available() else "cpu"
+        if asked != own:
             raise MethodUnavailableError(
-                f"the vllm that is installed runs on {own}, not on --device {self.job.device}: "
-                "leave it out of --methods"
+                f"the vllm that is installed runs on {own}, and the other methods on {asked}: "
+                f"leave it out of --methods, or say --device {own}"
+            )
+        if index not in ("", "0"):
+            raise MethodUnavailableError(
+                f"vllm takes the first GPU: set CUDA_VISIBLE_DEVICES={index} instead of --device "
+                f"{self.job.device}"
             )
 
     def _start(self, folder: Path) -> Any:
@@ -170,6 +183,14 @@ class Vllm(Method):
                 f"--block-size {job.block_size}, --max-model-len {job.max_model_len} and "
                 f"--kv-memory {format_bytes(job.kv_memory)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def _device_of_vllm() -> str | None:
+    """`cuda` or `cpu`; None where vLLM does not say."""
+    try:
+        return str(importlib.import_module("vllm.platforms").current_platform.device_type)
+    except (ImportError, AttributeError):
+        return None
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ class Session:
             "device": str(llm.device),
             "dtype": llm.dtype,
             "attention": engine.attention,
+            "quantization": engine.quantization,
             "threads": _threads(engine),
             "allocator": memory.allocator,
             "prefix_caching": memory.prefix_caching,

@@ -1,0 +1,145 @@
+"""Runs a decoder by the compiled extension: a step is one call, from token ids to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from pagelab.execution.kv_cache import KVCache
+from pagelab.execution.oom import in_step
+from pagelab.execution.sampler import sample
+from pagelab.models.native_decoder import NativeDecoder, address
+from pagelab.native.structures import PARTS, CStep
+from pagelab.scheduling.batch import Batch, ScheduledSequence, StepResult
+from pagelab.types import SampledToken, SequenceId
+
+_NOT_FINITE = "the model's output is not finite here: try --dtype float32"
+_NO_TOKEN = (
+    "no token can be chosen: logits are not finite, or every token is "
+    "suppressed (min_tokens with stop_token_ids)"
+)
+
+
+class NativeRunner:
+    """The `engine.core.Runner` of a real model on a CPU. Runs each step when it is submitted.
+
+    Nothing of a row depends on the rows beside it: the extension adds up each row's numbers in
+    one order whatever the batch.
+    """
+
+    def __init__(self, decoder: NativeDecoder, cache: KVCache) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.device = torch.device("cpu")
+        self._native = decoder.threads.native
+        self._seconds = np.zeros(len(PARTS))
+        self._layers = np.array([layer.data_ptr() for layer in cache.layers], np.uint64)
+
+    def submit(self, batch: Batch) -> StepResult:
+        """Run a step.
+
+        Raises:
+            InsufficientMemoryError: there is no memory for its intermediate results.
+        """
+        with in_step(batch, self.device), torch.inference_mode():
+            self.cache.copy_blocks(batch.copies)
+            return self._run(batch)
+
+    def collect(self, handle: StepResult) -> StepResult:
+        """The result is there already."""
+        return handle
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """The extension's time by part of a step, since the runner was made."""
+        return dict(zip(PARTS, self._seconds.tolist(), strict=True))
+
+    def _run(self, batch: Batch) -> StepResult:
+        parts = batch.sequences
+        sampling = [part for part in parts if part.samples]
+        # the greatest logit is found where logits are made; they are stored for anything else
+        logits = None
+        if not all(_takes_greatest(part) for part in sampling):
+            columns = -(-self.decoder.spec.vocab_size // 32) * 32
+            logits = torch.empty(len(sampling), columns)
+        tokens, finite = self._step(batch, len(sampling), logits)
+        errors: dict[SequenceId, str] = {}
+        for part, fine in zip(parts, finite, strict=True):
+            if not fine:
+                errors[part.sequence_id] = _NOT_FINITE
+                # only blocks from this step's first token on: those before may be shared
+                first = part.start // self.cache.layout.block_size
+                self.cache.clear_blocks(part.block_ids[first:])
+        chosen: list[SampledToken | None]
+        if logits is None:
+            chosen = [SampledToken(token, None) if token >= 0 else None for token in tokens]
+        else:
+            with _one_thread():
+                chosen = sample(logits[:, : self.decoder.spec.vocab_size], sampling)
+        sampled: dict[SequenceId, SampledToken] = {}
+        for part, token in zip(sampling, chosen, strict=True):
+            if token is not None:
+                sampled[part.sequence_id] = token
+            else:
+                errors.setdefault(part.sequence_id, _NO_TOKEN)
+        return StepResult(batch.step, sampled, errors)
+
+    def _step(
+        self, batch: Batch, num_sampled: int, logits: torch.Tensor | None
+    ) -> tuple[list[int], list[int]]:
+        """The greatest logit's token of each sampled row, and whether each sequence is finite."""
+        parts = batch.sequences
+        ids: list[int] = []
+        table: list[int] = []
+        blocks: list[int] = []
+        rows: list[int] = []
+        for part in parts:
+            assert len(part.token_ids) == part.num_tokens, "this runner needs every token id"
+            ids += part.token_ids
+            table.append(len(blocks))
+            blocks += part.block_ids
+            if part.samples:
+                rows.append(len(ids) - 1)
+        counts = [part.num_tokens for part in parts]
+        keys = [part.end for part in parts]
+        inputs = [np.array(x, np.int32) for x in (ids, counts, keys, table, blocks, rows)]
+        tokens, finite = np.empty(num_sampled, np.int32), np.empty(len(parts), np.uint8)
+        pointers = [array.ctypes.data for array in inputs]
+        step = CStep(
+            len(ids),
+            len(parts),
+            num_sampled,
+            self.cache.num_blocks,
+            self.cache.layout.block_size,
+            0,
+            *pointers,
+            self._layers.ctypes.data,
+            None if logits is None else logits.data_ptr(),
+            tokens.ctypes.data,
+            finite.ctypes.data,
+            self._seconds.ctypes.data,
+        )
+        native, threads = self._native, self.decoder.threads
+        failed = native.library.pagelab_step(
+            native.isa, threads.pointer, address(self.decoder.model), address(step)
+        )
+        if failed:
+            raise MemoryError("out of memory for a step's intermediate results")
+        return tokens.tolist(), finite.tolist()
+
+
+def _takes_greatest(part: ScheduledSequence) -> bool:
+    return part.params.greedy and part.params.logprobs is None and not part.suppressed
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's own threads would spin on the cores that the extension's need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

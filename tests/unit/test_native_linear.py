@@ -58,6 +58,9 @@ def test_a_files_blocks_are_taken_over_exactly(
     x[:, ::32] = 127.0
     want = x.double() @ torch.from_numpy(gguf.dequantize(data, kind)).double().T
     torch.testing.assert_close(packed(threads, x).double(), want, rtol=1e-5, atol=1e-3)
+    floats = PackedLinear(threads, KINDS["float32"], blocks)
+    values = PackedLinear(threads, KINDS["float32"], torch.from_numpy(gguf.dequantize(data, kind)))
+    assert torch.equal(floats(threads, x), values(threads, x)), "the same values to the bit"
 
 
 def test_a_group_of_zeros_and_a_huge_number_stay_what_they_are() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -64,7 +64,7 @@ class NativeRunner:
         if not all(_takes_greatest(part) for part in sampling):
             columns = -(-self.decoder.spec.vocab_size // 32) * 32
             logits = torch.empty(len(sampling), columns)
-        tokens, finite = self._step(batch, len(sampling), logits)
+        tokens, finite = self._step(batch, logits)
         errors: dict[SequenceId, str] = {}
         for part, fine in zip(parts, finite, strict=True):
             if not fine:
@@ -86,9 +86,7 @@ class NativeRunner:
                 errors.setdefault(part.sequence_id, _NO_TOKEN)
         return StepResult(batch.step, sampled, errors)
 
-    def _step(
-        self, batch: Batch, num_sampled: int, logits: torch.Tensor | None
-    ) -> tuple[list[int], list[int]]:
+    def _step(self, batch: Batch, logits: torch.Tensor | None) -> tuple[list[int], list[int]]:
         """The greatest logit's token of each sampled row, and whether each sequence is finite."""
         parts = batch.sequences
         ids: list[int] = []
@@ -104,17 +102,35 @@ class NativeRunner:
                 rows.append(len(ids) - 1)
         counts = [part.num_tokens for part in parts]
         keys = [part.end for part in parts]
-        inputs = [np.array(x, np.int32) for x in (ids, counts, keys, table, blocks, rows)]
-        tokens, finite = np.empty(num_sampled, np.int32), np.empty(len(parts), np.uint8)
-        pointers = [array.ctypes.data for array in inputs]
+        return self._call((ids, counts, keys, table, blocks, rows), logits)
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits `[T, vocab]` at every position of a text of T tokens, from one step.
+
+        The engine must be idle and keep no prefixes: the first blocks of the pool are written.
+        """
+        count, vocab = len(token_ids), self.decoder.spec.vocab_size
+        blocks = range(-(-count // self.cache.layout.block_size))
+        assert len(blocks) <= self.cache.num_blocks
+        logits = torch.empty(count, -(-vocab // 32) * 32)
+        self._call((token_ids, [count], [count], [0], blocks, range(count)), logits)
+        return logits[:, :vocab]
+
+    def _call(
+        self, inputs: Sequence[Sequence[int]], logits: torch.Tensor | None
+    ) -> tuple[list[int], list[int]]:
+        """One step of token ids, counts, keys, starts of block tables, block ids, sampled rows."""
+        arrays = [np.array(x, np.int32) for x in inputs]
+        ids, counts, *_, rows = arrays
+        tokens, finite = np.empty(len(rows), np.int32), np.empty(len(counts), np.uint8)
         step = CStep(
             len(ids),
-            len(parts),
-            num_sampled,
+            len(counts),
+            len(rows),
             self.cache.num_blocks,
             self.cache.layout.block_size,
             0,
-            *pointers,
+            *(array.ctypes.data for array in arrays),
             self._layers.ctypes.data,
             None if logits is None else logits.data_ptr(),
             tokens.ctypes.data,

@@ -162,12 +162,13 @@ class NativeDecoder:
         """
         weights = self._weights
         matrices = [f"{name}.weight" for name in names]
-        blocks = None if turned else stored_blocks(weights, matrices, self._kinds.keeps)
+        blocks = None if turned else stored_blocks(weights, matrices)
+        kind = self._kinds.matrix if kind is None else kind
         source: torch.Tensor | Blocks
         if blocks is not None:
-            kind, source = blocks.kind, blocks
+            kind = blocks.kind if blocks.kind in self._kinds.keeps else kind
+            source = blocks
         else:
-            kind = self._kinds.matrix if kind is None else kind
             parts = [weights.pop(name).float() for name in matrices]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
             source = whole.t() if turned else whole
@@ -191,19 +192,21 @@ class NativeDecoder:
         return copy.data_ptr()
 
 
-def stored_blocks(weights: Weights, names: Sequence[str], kinds: frozenset[int]) -> Blocks | None:
+def stored_blocks(weights: Weights, names: Sequence[str]) -> Blocks | None:
     """Matrices as their file's own blocks, one below the other, taken out of `weights`.
 
-    None where there are none, or they are not all of one type that packs to one of `kinds`.
+    The extension unpacks them faster than they could be read as floats. None where there are none,
+    or they are not all of one type.
     """
     read = getattr(weights, "blocks", None)
-    if read is None or not kinds:
+    if read is None:
         return None
-    found = [read(name) for name in names]
-    if any(blocks is None or blocks.kind not in kinds for blocks in found):
-        return None
-    if len({(blocks.type, blocks.k) for blocks in found}) > 1:
-        return None
+    found: list[Blocks] = []
+    for name in names:
+        blocks = read(name)
+        if blocks is None or (found and (blocks.type, blocks.k) != (found[0].type, found[0].k)):
+            return None
+        found.append(blocks)
     for name in names:
         del weights[name]
     return Blocks(found[0].type, np.concatenate([blocks.data for blocks in found]), found[0].k)

@@ -54,7 +54,7 @@ class PackedLinear:
     Args:
         threads: that pack it, and in whose memory it lies as long as they exist.
         kind: of `KINDS`' values.
-        weight: `[out, in]`, floats; or blocks, whose kind must be `Blocks.kind`.
+        weight: `[out, in]`, floats; or blocks, taken over bit by bit where `kind` is theirs.
         bias: `[out]`, or None.
     """
 

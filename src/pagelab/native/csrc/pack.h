@@ -53,6 +53,10 @@ static void set_group(const Linear& w, uint8_t* group, int column, const float* 
 
 static void pack_column(const Linear& w, uint8_t* panel, int c, const float* x, float scale) {
   const float inverse = scale > 0 ? 1 / scale : 0.0f;
+  if (w.kind == kF32 && x != nullptr) {
+    for (int i = 0; i < w.k; ++i) reinterpret_cast<float*>(panel)[i * kPanel + c] = x[i];
+    return;  // behind k there are zeros
+  }
   for (int i = 0; i < w.kp; ++i) {
     const float value = i < w.k && x != nullptr ? x[i] : 0.0f;
     if (w.kind == kF32) {
@@ -72,6 +76,16 @@ static void pack_column(const Linear& w, uint8_t* panel, int c, const float* x, 
   }
 }
 
+// One row of W, or zeros where x is null, as a column of a panel.
+static void pack_row(const Linear& w, int panel, int column, const float* x) {
+  float scale = 0;
+  if (w.kind == kInt8) {
+    for (int i = 0; x != nullptr && i < w.k; ++i) scale = fmaxf(scale, fabsf(x[i]));
+    w.scales[column] = scale /= 127;
+  }
+  pack_column(w, w.data + panel * w.panel_bytes, column % kPanel, x, scale);
+}
+
 struct Packing {
   Linear* w;
   const float* weight;
@@ -81,16 +95,10 @@ struct Packing {
 
 static void pack_panel(void* context, int panel, int) {
   const Packing& p = *static_cast<Packing*>(context);
-  Linear* const w = p.w;
   for (int column = panel * kPanel; column < (panel + 1) * kPanel; ++column) {
     const float* const x =
-        column < w->n ? p.weight + static_cast<int64_t>(column) * w->k : nullptr;
-    float scale = 0;
-    if (w->kind == kInt8) {
-      for (int i = 0; x != nullptr && i < w->k; ++i) scale = fmaxf(scale, fabsf(x[i]));
-      w->scales[column] = scale /= 127;
-    }
-    pack_column(*w, w->data + panel * w->panel_bytes, column % kPanel, x, scale);
+        column < p.w->n ? p.weight + static_cast<int64_t>(column) * p.w->k : nullptr;
+    pack_row(*p.w, panel, column, x);
   }
 }
 
@@ -99,12 +107,49 @@ static void pack(Pool* pool, Linear* w, const float* weight) {
   pool->run(w->np / kPanel, pack_panel, &packing);
 }
 
-// Rows of ggml's blocks (Q4_0, Q4_1, Q8_0), taken over bit by bit; k is a multiple of 32.
+INLINE int block_bytes(int type) { return type == kGgmlQ4_0 ? 18 : type == kGgmlQ4_1 ? 20 : 34; }
+
+// The 32 values of one of ggml's blocks (Q4_0, Q4_1, Q8_0).
+static void unpack_block(int32_t type, const uint8_t* block, float* x) {
+  uint16_t half[2];
+  memcpy(half, block, 4);
+  const float d = from_half(half[0]);
+  const float m = type == kGgmlQ4_1 ? from_half(half[1]) : -8 * d;
+  const uint8_t* const data = block + (type == kGgmlQ4_1 ? 4 : 2);
+  for (int i = 0; i < kGroup; ++i) {
+    if (type == kGgmlQ8_0) {
+      x[i] = static_cast<float>(static_cast<int8_t>(data[i])) * d;
+    } else {
+      const int q = i < 16 ? data[i] & 15 : data[i - 16] >> 4;
+      x[i] = static_cast<float>(q) * d + m;
+    }
+  }
+}
+
+// Blocks into a kind that does not hold them as they are.
+static void repack_block_panel(const Packing& p, int panel) {
+  Linear* const w = p.w;
+  float* const x = static_cast<float*>(malloc(sizeof(float) * static_cast<size_t>(w->kp)));
+  if (x == nullptr) abort();  // some KiB
+  const int groups = w->k / kGroup, size = block_bytes(p.type);
+  for (int column = panel * kPanel; column < (panel + 1) * kPanel; ++column) {
+    const uint8_t* const blocks = p.blocks + static_cast<int64_t>(column) * groups * size;
+    for (int g = 0; column < w->n && g < groups; ++g) {
+      unpack_block(p.type, blocks + g * size, x + g * kGroup);
+    }
+    pack_row(*w, panel, column, column < w->n ? x : nullptr);
+  }
+  free(x);
+}
+
+// Rows of ggml's blocks; k is a multiple of 32. 4-bit blocks into kQ4 and 8-bit ones into kQ8 are
+// taken over bit by bit.
 static void pack_block_panel(void* context, int panel, int) {
   const Packing& p = *static_cast<Packing*>(context);
   Linear* const w = p.w;
+  if (w->kind != (p.type == kGgmlQ8_0 ? kQ8 : kQ4)) return repack_block_panel(p, panel);
   const int32_t type = p.type;
-  const int size = type == kGgmlQ4_0 ? 18 : type == kGgmlQ4_1 ? 20 : 34;
+  const int size = block_bytes(type);
   const int groups = w->k / kGroup, group_bytes = w->kind == kQ4 ? 640 : 1088;
   for (int column = panel * kPanel; column < least(w->n, (panel + 1) * kPanel); ++column) {
     for (int g = 0; g < groups; ++g) {

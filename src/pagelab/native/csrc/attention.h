@@ -23,6 +23,7 @@ struct Cache {  // one layer, one K/V head
   const int32_t* blocks;
   int block_size, head_dim, bytes;
 
+  // Where a key's K or V lies.
   const uint8_t* at(const uint8_t* base, int key) const {
     const int64_t slot =
         static_cast<int64_t>(blocks[key / block_size]) * block_size + key % block_size;
@@ -85,28 +86,81 @@ static float soften(float* scores, int count, Online* state) {
   return keep;
 }
 
+// Where `count` keys lie, in bytes from a head's first; the last one again behind them.
+static void places_of(const Cache& cache, int start, int count, int64_t (&places)[kKeys]) {
+  const int64_t row = static_cast<int64_t>(cache.head_dim) * cache.bytes;
+  int block = start / cache.block_size, offset = start % cache.block_size;
+  for (int key = 0; key < count; ++key) {
+    places[key] = (static_cast<int64_t>(cache.blocks[block]) * cache.block_size + offset) * row;
+    if (++offset == cache.block_size) offset = 0, ++block;
+  }
+  for (int key = count; key < kKeys; ++key) places[key] = places[count - 1];
+}
+
+// The scores of a tile's keys: q [G, D], each head's D numbers in DV vectors (0: as many as D has).
+template <bool Bf16, int G, int DV>
+INLINE void score_keys(const Cache& cache, const float* q, const int64_t (&places)[kKeys],
+                       int count, float (&scores)[G][kKeys]) {
+  const int D = DV > 0 ? DV * VF : cache.head_dim, row = D * cache.bytes;
+  for (int key = 0; key < count; key += 16) {
+    vf acc[G][16];
+    UNROLL for (int j = 0; j < 16; ++j) {
+      const uint8_t* const k = cache.k + places[key + j];
+      // the values come next: from memory meanwhile
+      const uint8_t* const v = cache.v + places[key + j];
+      for (int i = 0; i < row; i += 64) __builtin_prefetch(v + i);
+      vf part[G] = {};
+      UNROLL for (int i = 0; i < D / VF; ++i) {
+        const vf own = load_kv<Bf16>(k, i * VF);
+        UNROLL for (int g = 0; g < G; ++g) part[g] += own * load(q + g * D + i * VF);
+      }
+      UNROLL for (int g = 0; g < G; ++g) acc[g][j] = part[g];
+    }
+    UNROLL for (int g = 0; g < G; ++g) sums_of_16(acc[g], scores[g] + key);
+  }
+}
+
+// o [G, D] += weights times values, DV vectors of each head at a time, from vector `first` on.
+template <bool Bf16, int G, int DV>
+INLINE void add_values(const Cache& cache, const int64_t (&places)[kKeys], int count, int first,
+                       const float (&weights)[G][kKeys], float* o) {
+  const int D = cache.head_dim;
+  vf acc[G][DV];
+  UNROLL for (int g = 0; g < G; ++g) {
+    UNROLL for (int i = 0; i < DV; ++i) acc[g][i] = load(o + g * D + (first + i) * VF);
+  }
+  for (int j = 0; j < count; ++j) {
+    const uint8_t* const v = cache.v + places[j];
+    vf own[DV];
+    UNROLL for (int i = 0; i < DV; ++i) own[i] = load_kv<Bf16>(v, (first + i) * VF);
+    UNROLL for (int g = 0; g < G; ++g) {
+      const vf weight = splat(weights[g][j]);
+      UNROLL for (int i = 0; i < DV; ++i) acc[g][i] += own[i] * weight;
+    }
+  }
+  UNROLL for (int g = 0; g < G; ++g) {
+    UNROLL for (int i = 0; i < DV; ++i) store(o + g * D + (first + i) * VF, acc[g][i]);
+  }
+}
+
 // One query of a group of G heads over keys first .. last; q [G, D] is scaled already.
 template <bool Bf16, int G>
 static void few(const Cache& cache, const float* q, int first, int last, float* o, Online* state) {
   const int D = cache.head_dim;
   float scores[G][kKeys];
+  int64_t places[kKeys];
   for (int g = 0; g < G; ++g) state[g] = Online{-INFINITY, 0.0f};
   memset(o, 0, sizeof(float) * static_cast<size_t>(G * D));
   for (int start = first; start < last; start += kKeys) {
     const int count = least(kKeys, last - start);
-    for (int key = 0; key < count; key += 16) {
-      vf acc[G][16] = {};
-      for (int j = 0; j < 16; ++j) {
-        // beyond the last key the last one again: it is hidden later
-        const uint8_t* const k = cache.at(cache.k, start + least(key + j, count - 1));
-        vf part[G] = {};
-        for (int i = 0; i < D; i += VF) {
-          const vf own = load_kv<Bf16>(k, i);
-          UNROLL for (int g = 0; g < G; ++g) part[g] += own * load(q + g * D + i);
-        }
-        UNROLL for (int g = 0; g < G; ++g) acc[g][j] = part[g];
-      }
-      UNROLL for (int g = 0; g < G; ++g) sums_of_16(acc[g], scores[g] + key);
+    places_of(cache, start, count, places);
+    for (int key = 0; key < count; ++key) {  // in flight while the first of them are used
+      for (int i = 0; i < D * cache.bytes; i += 64) __builtin_prefetch(cache.k + places[key] + i);
+    }
+    if (D == 4 * VF) {
+      score_keys<Bf16, G, 4>(cache, q, places, count, scores);
+    } else {
+      score_keys<Bf16, G, 0>(cache, q, places, count, scores);
     }
     for (int g = 0; g < G; ++g) {
       const float keep = soften(scores[g], count, state + g);
@@ -114,26 +168,11 @@ static void few(const Cache& cache, const float* q, int first, int last, float* 
         for (int i = 0; i < D; i += VF) store(o + g * D + i, load(o + g * D + i) * keep);
       }
     }
-    for (int i = 0; i < D; i += 2 * VF) {  // D is a multiple of 16: the second half may be none
-      const bool two = i + VF < D;
-      vf low[G], high[G];
-      UNROLL for (int g = 0; g < G; ++g) {
-        low[g] = load(o + g * D + i);
-        high[g] = two ? load(o + g * D + i + VF) : vf{};
-      }
-      for (int j = 0; j < count; ++j) {
-        const uint8_t* const v = cache.at(cache.v, start + j);
-        const vf a = load_kv<Bf16>(v, i), b = two ? load_kv<Bf16>(v, i + VF) : vf{};
-        UNROLL for (int g = 0; g < G; ++g) {
-          low[g] += a * scores[g][j];
-          high[g] += b * scores[g][j];
-        }
-      }
-      UNROLL for (int g = 0; g < G; ++g) {
-        store(o + g * D + i, low[g]);
-        if (two) store(o + g * D + i + VF, high[g]);
-      }
+    int done = 0;
+    for (; done + 4 <= D / VF; done += 4) {
+      add_values<Bf16, G, 4>(cache, places, count, done, scores, o);
     }
+    for (; done < D / VF; ++done) add_values<Bf16, G, 1>(cache, places, count, done, scores, o);
   }
 }
 

@@ -22,7 +22,8 @@ static void head_piece(void* context, int piece, int) {
   float* const best = run.w.best + static_cast<int64_t>(piece) * rows;
   int32_t* const token = run.w.best_token + static_cast<int64_t>(piece) * rows;
   for (int row = 0; row < rows; ++row) best[row] = -INFINITY, token[row] = -1;
-  for (int panel = first; panel < least(first + head.grain, w.np / kPanel); ++panel) {
+  const int end = least(first + head.grain, w.np / kPanel);
+  for (int panel = first; panel < end; ++panel) {
     for (int row = 0; row < rows; row += kFloatRows) {
       float local[kFloatRows * kPanel];
       const int count = least(kFloatRows, rows - row);
@@ -30,7 +31,7 @@ static void head_piece(void* context, int piece, int) {
       if (run.s->logits != nullptr) {
         out = Out{run.s->logits + static_cast<int64_t>(row) * w.np + panel * kPanel, w.np, false};
       }
-      panel_product(w, run.rows, row, count, panel, false, out);
+      panel_product(w, run.rows, row, count, panel, row == 0 && panel + 1 < end, out);
       for (int r = 0; r < count; ++r) {
         const float* const logits = out.c + r * out.ldc;
         const int columns = least(kPanel, w.n - panel * kPanel);

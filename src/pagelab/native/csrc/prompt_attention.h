@@ -30,42 +30,43 @@ static PromptScratch prompt_scratch_at(uint8_t* memory, int rows, int dp) {
 
 // K as a weight [keys, D]: two panels of 32 keys.
 template <bool Bf16>
-static void lay_out_keys(const Cache& cache, int start, int count, int dp, uint8_t* out) {
+static void lay_out_keys(const Cache& cache, const int64_t (&places)[kKeys], int dp, uint8_t* out) {
   const int D = cache.head_dim;
   const int64_t panel = static_cast<int64_t>(dp) * kPanel;
   typedef uint32_t u32_any __attribute__((aligned(1), may_alias));
+  const int words = Bf16 ? D / 2 : D;  // a word is two bfloat16 or one float
   for (int key = 0; key < kKeys; ++key) {
-    const int column = key % kPanel;
-    // beyond the last key the last one again: its scores are hidden, but must be finite
-    const uint8_t* const k = cache.at(cache.k, start + least(key, count - 1));
-    const int words = Bf16 ? D / 2 : D;  // a word is two bfloat16 or one float
+    // behind the last key the last one again: its scores are hidden, but must be finite
+    const u32_any* const k = reinterpret_cast<const u32_any*>(cache.k + places[key]);
     uint32_t* const to =
-        reinterpret_cast<uint32_t*>(out + key / kPanel * panel * (Bf16 ? 2 : 4)) + column;
-    for (int i = 0; i < words; ++i) to[i * kPanel] = reinterpret_cast<const u32_any*>(k)[i];
+        reinterpret_cast<uint32_t*>(out + key / kPanel * panel * cache.bytes) + key % kPanel;
+    for (int i = 0; i < words; ++i) to[i * kPanel] = k[i];
   }
 }
 
 // V as a weight [D, keys]: panels of 32 of D; hidden keys are zeros.
 template <bool Bf16>
-static void lay_out_values(const Cache& cache, int start, int count, int dp, uint8_t* out) {
+static void lay_out_values(const Cache& cache, const int64_t (&places)[kKeys], int count, int dp,
+                           uint8_t* out) {
   const int D = cache.head_dim;
   const int64_t panel = static_cast<int64_t>(kKeys) * kPanel;
   if (count < kKeys) memset(out, 0, static_cast<size_t>(kKeys * dp * (Bf16 ? 2 : 4)));
   if constexpr (Bf16) {
     for (int key = 0; key < count; key += 2) {
-      const uint16_t* const a = reinterpret_cast<const uint16_t*>(cache.at(cache.v, start + key));
-      const bool two = key + 1 < count;
-      const uint16_t* const b =
-          two ? reinterpret_cast<const uint16_t*>(cache.at(cache.v, start + key + 1)) : a;
-      for (int i = 0; i < D; ++i) {
+      const uint16_t* const a = reinterpret_cast<const uint16_t*>(cache.v + places[key]);
+      const uint16_t* const b = reinterpret_cast<const uint16_t*>(cache.v + places[key + 1]);
+      const uint32_t second = key + 1 < count ? 0xffff0000u : 0u;
+      for (int i = 0; i < D; i += kPanel / 2) {
         uint32_t* const to =
             reinterpret_cast<uint32_t*>(out) + (i / kPanel * panel + key * kPanel) / 2 + i % kPanel;
-        *to = a[i] | (two ? static_cast<uint32_t>(b[i]) << 16 : 0u);
+        UNROLL for (int j = 0; j < kPanel / 2; ++j) {
+          to[j] = a[i + j] | (static_cast<uint32_t>(b[i + j]) << 16 & second);
+        }
       }
     }
   } else {
     for (int key = 0; key < count; ++key) {
-      const float* const v = reinterpret_cast<const float*>(cache.at(cache.v, start + key));
+      const float* const v = reinterpret_cast<const float*>(cache.v + places[key]);
       float* const to = reinterpret_cast<float*>(out) + key * kPanel;
       for (int i = 0; i < D; ++i) to[i / kPanel * panel + i % kPanel] = v[i];
     }
@@ -120,8 +121,10 @@ static void several(const Cache& cache, const float* q, int64_t stride, int quer
   const int last = position + queries;
   for (int start = 0; start < last; start += kKeys) {
     const int count = least(kKeys, last - start);
-    lay_out_keys<Bf16>(cache, start, count, dp, s.k);
-    lay_out_values<Bf16>(cache, start, count, dp, s.v);
+    int64_t places[kKeys];
+    places_of(cache, start, count, places);
+    lay_out_keys<Bf16>(cache, places, dp, s.k);
+    lay_out_values<Bf16>(cache, places, count, dp, s.v);
     // rows that see none of these keys (their positions are before the tile) are left out
     const int first = most(0, start - position) * heads;
     multiply(Bf16, rows - first, s.q + static_cast<int64_t>(first) * dp * size, dp * size, s.k,

@@ -262,7 +262,6 @@ def measure(
 ) -> None:
     """All engines in turn, round by round, and the table."""
     engines = [start(name) for name in names]
-    seconds: dict[tuple[str, str], list[float]] = {}
     rates: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):  # the first is not counted
         for workload in workloads:
@@ -276,8 +275,10 @@ def measure(
                     # a prompt's rate is that of its own tokens
                     tokens = 512 if workload == "prompt" else result["tokens"]
                     key = (engine.name, workload)
-                    seconds.setdefault(key, []).append(result["s"])
                     rates.setdefault(key, []).append(tokens / result["s"])
+                    if path is not None:  # what is there so far
+                        found_rates = {" ".join(key): value for key, value in rates.items()}
+                        path.write_text(json.dumps(found_rates, indent=2) + "\n")
     print(f"tok/s, best (median) of {rounds} rounds")
     print(f"{'engine':24}" + "".join(f"{workload:>18}" for workload in workloads))
     for engine in engines:
@@ -289,9 +290,6 @@ def measure(
         remark = engine.first.get("error")
         print(f"{engine.name:24}" + ("".join(cells) if remark is None else f"  not here: {remark}"))
         engine.close()
-    if path is not None:
-        found_rates = {" ".join(key): value for key, value in rates.items()}
-        path.write_text(json.dumps(found_rates, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ API Linear* pagelab_linear_new(Pool* pool, int32_t kind, int32_t n, int32_t k, i
 
 API void pagelab_linear_free(Linear* w) { delete w; }
 
-API void pagelab_pack(const Isa* isa, Pool* pool, Linear* w, const float* weight, const float* bias) {
+API void pagelab_pack(const Isa* isa, Pool* pool, Linear* w, const float* weight,
+                      const float* bias) {
   if (bias != nullptr) std::memcpy(w->bias, bias, static_cast<std::size_t>(w->n) * 4);
   isa->pack(pool, w, weight);
 }

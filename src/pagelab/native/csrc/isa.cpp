@@ -24,7 +24,8 @@ void linear(Pool* pool, const Linear* w, const float* x, int32_t rows, float* ou
 }
 
 void attend(Pool* pool, const Model* m, const Step* s, const float* q, int32_t layer, float* out) {
-  const int64_t row_size = static_cast<int64_t>(m->heads) * m->head_dim, size = row_size * s->num_tokens;
+  const int64_t row_size = static_cast<int64_t>(m->heads) * m->head_dim;
+  const int64_t size = row_size * s->num_tokens;
   Run run{};
   run.pool = pool, run.m = m, run.s = s, run.layer = layer;
   cut_tasks(*m, *s, &run.w);
@@ -60,6 +61,7 @@ void attend(Pool* pool, const Model* m, const Step* s, const float* q, int32_t l
 }  // namespace
 
 extern const Isa JOIN(isa_, PAGELAB_ISA);
-const Isa JOIN(isa_, PAGELAB_ISA) = {TEXT(PAGELAB_ISA), pack, pack_blocks, linear, attend, run_step};
+const Isa JOIN(isa_, PAGELAB_ISA) = {
+    TEXT(PAGELAB_ISA), pack, pack_blocks, linear, attend, run_step};
 
 }  // namespace pagelab

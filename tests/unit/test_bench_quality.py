@@ -9,7 +9,7 @@ import torch
 
 from pagelab.bench.quality import bench_quality, measure_quality, quality_text, windows
 from pagelab.errors import ConfigError
-from pagelab.native.library import instruction_sets
+from pagelab.native.library import native
 from tests.support.tiny_models import tiny_model
 
 VOCAB = 8
@@ -34,7 +34,7 @@ def test_a_text_is_cut_into_windows_that_predict_something() -> None:
     assert len(quality_text()) > 5000
 
 
-@pytest.mark.skipif(not instruction_sets(), reason="the extension is not compiled here")
+@pytest.mark.skipif(native() is None, reason="the extension does not run here")
 def test_float32_equals_itself_and_lower_precision_is_near() -> None:
     ids = [(7 * i * i + i) % 250 for i in range(120)]
     rows = list(

@@ -317,6 +317,7 @@ def test_check_lists_this_machine_and_what_runs() -> None:
         "hf-static",
         "vllm",
         "default model",
+        "compiled extension",
         "attention triton",
     ]
     assert dict(environment_rows(environment))["vllm"] == "not installed"

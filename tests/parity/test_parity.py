@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no prefix cache": {"prefix_caching": False},
     "one at a time": {"max_num_seqs": 1},
     "the oracle's attention": {"attention": "reference"},
+    "torch's operations": {"attention": "cpu"},
+    "torch's operations, seven tokens a step": {"attention": "cpu", "max_num_batched_tokens": 7},
 }
 
 

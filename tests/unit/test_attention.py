@@ -10,9 +10,11 @@ import torch.nn.functional as F  # noqa: N812
 
 from pagelab.attention.base import AttentionBackend, Span
 from pagelab.attention.cpu import CpuAttention
+from pagelab.attention.native import NativeAttention
 from pagelab.attention.reference import ReferenceAttention
 from pagelab.attention.select import resolve_attention, select_attention
 from pagelab.errors import ConfigError
+from pagelab.native.library import instruction_sets, native
 from pagelab.types import BlockId
 from tests.support.paged import DEVICE
 
@@ -93,6 +95,23 @@ def test_cpu_equals_the_oracle(
     check("cpu", block_size, heads, lengths)
 
 
+@pytest.mark.parametrize("isa", instruction_sets() or ["none"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("heads", [*HEADS, (10, 2)])
+@pytest.mark.parametrize("lengths", [*LENGTHS, [(1, 700), (130, 300)]])
+def test_the_extension_equals_the_oracle(
+    block_size: int,
+    heads: tuple[int, int],
+    lengths: list[tuple[int, int]],
+    isa: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if isa == "none":
+        pytest.skip("the extension is not compiled here")
+    monkeypatch.setenv("PAGELAB_NATIVE", isa)
+    check("native", block_size, heads, lengths)
+
+
 @pytest.mark.parametrize(
     ("block_size", "heads", "lengths"),
     [(BLOCK_SIZES[i % 4], HEADS[i % 3], lengths) for i, lengths in enumerate(LENGTHS)],
@@ -117,9 +136,19 @@ def check(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_cpu_in_lower_precision_stays_near_the_oracle(dtype: torch.dtype, tolerance: float) -> None:
+    lower_precision(CpuAttention(), dtype, tolerance)
+
+
+def test_the_extension_in_bfloat16_stays_near_the_oracle() -> None:
+    if native() is None:
+        pytest.skip("the extension does not run here")
+    lower_precision(NativeAttention(), torch.bfloat16, 2e-2)
+
+
+def lower_precision(backend: AttentionBackend, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(1)
     inputs = case([(1, 70), (9, 9), (3, 40)], 16, (4, 2), 32, dtype)
-    got = attend(CpuAttention(), *inputs).float()
+    got = attend(backend, *inputs).float()
     want = attend(ReferenceAttention(), *inputs).float()
     assert float((got - want).norm() / want.norm()) < tolerance
 
@@ -133,7 +162,7 @@ def test_long_contexts_are_split_into_groups_that_fit_the_caches() -> None:
 def test_backends_are_selected_by_name() -> None:
     assert select_attention("cpu").name == "cpu"
     assert select_attention("reference").name == "reference"
-    with pytest.raises(ConfigError, match="choose auto or one of cpu, reference, triton"):
+    with pytest.raises(ConfigError, match="choose auto or one of cpu, native, reference, triton"):
         select_attention("flash")
 
 
@@ -141,7 +170,7 @@ def test_a_cpu_computes_with_the_cpus_backend_unless_told() -> None:
     here = torch.device("cpu")
     assert resolve_attention("auto", here) == "cpu", "also where Triton's interpreter is on"
     assert resolve_attention("reference", here) == "reference"
-    with pytest.raises(ConfigError, match="choose auto or one of cpu, reference, triton"):
+    with pytest.raises(ConfigError, match="choose auto or one of cpu, native, reference, triton"):
         resolve_attention("flash", here)
 
 

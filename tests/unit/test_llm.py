@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from pagelab.engine.llm import LLM
 from pagelab.errors import ConfigError, PageLabError, RequestError
+from pagelab.native.packed import PackedLinear
 from pagelab.types import FinishReason, SamplingParams
 from tests.support.engines import greedy
 from tests.support.tiny_models import VOCAB, tiny_gguf, tiny_model
@@ -116,13 +119,25 @@ def test_a_failing_request_does_not_touch_shared_blocks_or_the_prefix_cache() ->
     assert again.metrics.num_cached_tokens == 32
 
 
-def test_a_request_that_overflows_fails_alone_and_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("attention", ["auto", "cpu"])
+def test_a_request_that_overflows_fails_alone_and_leaves_nothing_behind(attention: str) -> None:
     """NaNs are planted in one embedding row: whoever uses that token overflows."""
-    llm = engine(check_invariants=True, max_num_batched_tokens=16, block_size=8)
+    llm = engine(
+        "llama3",  # its head is not the embedding
+        check_invariants=True,
+        max_num_batched_tokens=16,
+        block_size=8,
+        attention=attention,
+    )
     runner = llm.core.runner
     want = llm.generate([PROMPT], greedy(8))[0].token_ids
+    embedding = runner.decoder.embedding  # type: ignore[attr-defined]
     with torch.inference_mode():
-        runner.decoder.embedding[200] = torch.nan  # type: ignore[attr-defined]
+        if isinstance(embedding, PackedLinear):
+            panels = (ctypes.c_float * (embedding.nbytes // 4)).from_address(embedding.fields.data)
+            panels[200 // 32 * 32 * embedding.fields.kp + 200 % 32] = math.nan
+        else:
+            embedding[200] = torch.nan
     poisoned = [*PROMPT[:20], 200, *PROMPT[20:]]
     for prompts in ([poisoned, PROMPT], [PROMPT[::-1], poisoned, PROMPT]):
         outputs = llm.generate(prompts, greedy(8))

@@ -78,13 +78,13 @@ def test_weights_that_do_not_fit_name_the_options(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Decoder, "__init__", full)
     with pytest.raises(InsufficientMemoryError, match=r"while loading the weights.*--dtype"):
-        LLM(str(tiny_model("llama")), device="cpu", kv_memory="1MiB")
+        LLM(str(tiny_model("llama")), device="cpu", attention="cpu", kv_memory="1MiB")
 
 
 def test_in_a_step_its_requests_end_with_the_error_and_the_engine_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    llm = LLM(str(tiny_model("llama")), device="cpu", dtype="float32", kv_memory="1MiB")
+    llm = LLM(str(tiny_model("llama")), device="cpu", attention="cpu", kv_memory="1MiB")
     expected = llm.generate([[1, 2, 3]], greedy(5))[0].token_ids
     forward = Decoder.forward
 

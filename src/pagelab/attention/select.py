@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from pagelab.attention.base import AttentionBackend
 from pagelab.errors import ConfigError
+from pagelab.native.library import why_no_native
 
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("cpu", "reference", "triton")
+BACKENDS = ("cpu", "native", "reference", "triton")
 
 _OLDEST_CAPABILITY = (8, 0)
 """Compute capability that the Triton kernels need: bfloat16 on the matrix units."""
@@ -23,6 +24,8 @@ _NOT_INSTALLED = "triton is not installed (it comes with torch for CUDA)"
 
 def resolve_attention(name: str, device: torch.device) -> str:
     """The name of a backend; `auto` takes the fastest that runs on this device.
+
+    On a CPU that is `cpu` here; where the extension runs the model, `execution.loading` takes it.
 
     Raises:
         ConfigError: there is none of that name, or it does not run here.
@@ -34,10 +37,13 @@ def resolve_attention(name: str, device: torch.device) -> str:
         raise ConfigError(
             f"no attention backend {name!r}: choose auto or one of {', '.join(BACKENDS)}"
         )
+    reason = None
     if name == "triton":
         reason = why_no_triton(device)
-        if reason is not None:
-            raise ConfigError(f"--attention triton does not run here: {reason}")
+    elif name == "native":
+        reason = why_no_native() if device.type == "cpu" else f"it is for CPUs, not {device.type}"
+    if reason is not None:
+        raise ConfigError(f"--attention {name} does not run here: {reason}")
     return name
 
 
@@ -77,6 +83,10 @@ def select_attention(name: str) -> AttentionBackend:
         from pagelab.attention.cpu import CpuAttention
 
         return CpuAttention()
+    if name == "native":
+        from pagelab.attention.native import NativeAttention
+
+        return NativeAttention()
     if name == "reference":
         from pagelab.attention.reference import ReferenceAttention
 

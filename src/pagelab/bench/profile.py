@@ -71,6 +71,9 @@ _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 OTHER = "other"
 
+# parts of the extension whose own name would say too little
+_NATIVE_PARTS = {"head": "head_linear", "place": "rotary_copy", "embed": "embedding"}
+
 
 class Operation(NamedTuple):
     """A kernel or an operation of the profiled steps, all its calls together."""
@@ -160,6 +163,7 @@ def profile_steps(
         while runner.steps < first and not runner.finished:
             runner.step()
         _wait(device)
+        before = _native_seconds(runner)
         with profile(activities=activities) as profiler:
             started = time.perf_counter()
             first, done = runner.steps, 0
@@ -168,6 +172,7 @@ def profile_steps(
                 done += 1
             _wait(device)
             seconds = time.perf_counter() - started
+        native = _native_operations(before, _native_seconds(runner), done)
         while not runner.finished:
             runner.step()
     try:
@@ -179,9 +184,26 @@ def profile_steps(
         first=first,
         seconds=seconds,
         of="kernels" if on_gpu else "operations",
-        operations=tuple(_operations(profiler.key_averages(), on_gpu)),
+        operations=tuple(native + _operations(profiler.key_averages(), on_gpu)),
         trace=str(path),
     )
+
+
+def _native_seconds(runner: WorkloadRunner) -> dict[str, float]:
+    """What the compiled extension counts; empty where another runner runs."""
+    count = getattr(runner.core.runner, "seconds_by_part", None)
+    return {} if count is None else count()
+
+
+def _native_operations(
+    before: dict[str, float], after: dict[str, float], steps: int
+) -> list[Operation]:
+    """One operation a part of the extension's steps, the longest first."""
+    found = [
+        Operation(f"pagelab::{_NATIVE_PARTS.get(part, part)}", after[part] - before[part], steps)
+        for part in after
+    ]
+    return sorted(found, key=lambda operation: -operation.seconds)
 
 
 def _operations(averages: Iterable[Any], on_gpu: bool) -> list[Operation]:

@@ -106,7 +106,8 @@ class Session:
             "parameters": llm.spec.num_parameters,
             "device": str(llm.device),
             "dtype": llm.dtype,
-            "attention": engine.attention,
+            "attention": llm.attention,
+            "quantization": engine.quantization,
             "threads": _threads(engine),
             "allocator": memory.allocator,
             "prefix_caching": memory.prefix_caching,
@@ -208,6 +209,7 @@ def _options(engine: EngineChoice) -> dict[str, Any]:
         "cuda_graphs": engine.cuda_graphs,
         "batch_invariant": engine.batch_invariant,
         "attention": engine.attention,
+        "quantization": engine.quantization,
         "threads": _threads(engine),
         "prefix_caching": engine.prefix_caching,
         "progress": False,  # the benchmark has its own

@@ -35,6 +35,7 @@ class EngineChoice:
     cuda_graphs: bool = True
     batch_invariant: bool = False
     attention: str = "auto"
+    quantization: str | None = None
     threads: int | None = None
     prefix_caching: bool = False
 

@@ -100,7 +100,8 @@ def _settings(record: Record) -> Table:
             f"({format_bytes(engine['kv_bytes'])}), {engine['max_num_seqs']} sequences, "
             f"{engine['max_num_batched_tokens']:,} tokens a step, length "
             f"{engine['max_model_len']:,}, {engine['max_steps_in_flight']} steps in flight, "
-            f"attention {engine['attention']}",
+            f"attention {engine['attention']}"
+            + (f", {engine['quantization']} weights" if engine.get("quantization") else ""),
         ),
         ("workload", f"{record['workload']['name']}: {record['workload']['title']}; {when}"),
         (

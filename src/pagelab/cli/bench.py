@@ -14,6 +14,7 @@ from pagelab.cli.options import (
     apply_options,
     command_line,
     engine_options,
+    names,
 )
 
 if TYPE_CHECKING:
@@ -183,6 +184,45 @@ def serve(**options: Any) -> None:
         save(record, json_path)
     if record["num_failed"]:
         raise click.exceptions.Exit(1)
+
+
+@bench.command()
+@click.option("--model", metavar="NAME", help="As for `throughput`.")
+@click.option(
+    "--precisions",
+    default="bfloat16,int8,q4",
+    show_default=True,
+    callback=names,
+    help="Each against float32, on a CPU by the compiled extension.",
+)
+@click.option("--max-tokens", type=int, help="Of the fixed text.  [default: all of it]")
+@click.option("--json", "json_path", type=_FILE, help="Write the figures here.")
+def quality(
+    model: str | None,
+    precisions: tuple[str, ...],
+    max_tokens: int | None,
+    json_path: Path | None,
+) -> None:
+    """What lower precision costs: perplexity, top-1 agreement and divergence from float32."""
+    import dataclasses
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pagelab.bench.quality import bench_quality
+
+    table = Table(title="quality on a fixed text", title_justify="left", box=None)
+    for heading in ("precision", "tokens", "perplexity", "top-1 agreement", "KL (nats)"):
+        table.add_column(heading, justify="right")
+    found = []
+    for row in bench_quality(model, precisions, max_tokens=max_tokens):
+        found.append(dataclasses.asdict(row))
+        figures = (f"{row.perplexity:.3f}", f"{row.top1_agreement:.1%}", f"{row.divergence:.4f}")
+        table.add_row(row.precision, f"{row.tokens:,}", *figures)
+    Console().print(table)
+    if json_path is not None:
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _run(bench: Callable[[BenchSettings, Any, str], Record], options: dict[str, Any]) -> None:

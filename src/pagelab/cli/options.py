@@ -157,13 +157,20 @@ def engine_options(command: F) -> F:
         click.option(
             "--batch-invariant",
             is_flag=True,
-            help="A request's tokens do not depend on what else runs, to the bit (GPU; slower).",
+            help="A request's tokens do not depend on what else runs, to the bit (slower on a "
+            "GPU; the CPU's extension is always so).",
         ),
         click.option(
             "--attention",
             default="auto",
             show_default=True,
-            help="auto, triton, cpu or reference; `pagelab check` says what auto takes here.",
+            help="auto, triton, native, cpu or reference; `pagelab check` says what auto takes "
+            "here.",
+        ),
+        click.option(
+            "--quantization",
+            type=click.Choice(["int8", "q4"]),
+            help="Weights in fewer bits (CPU, by the compiled extension).  [default: none]",
         ),
         _THREADS,
     )
@@ -182,6 +189,7 @@ ENGINE_NAMES = (
     "cuda_graphs",
     "batch_invariant",
     "attention",
+    "quantization",
     "threads",
 )
 """What `engine_options` gives, by the names of `LLM`'s keywords."""

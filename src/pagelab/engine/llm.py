@@ -14,7 +14,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pagelab.attention.select import resolve_attention
 from pagelab.config import MemoryConfig, SchedulerConfig, parse_bytes
 from pagelab.engine.core import EngineCore
 from pagelab.engine.guided import GrammarCompiler
@@ -23,6 +22,7 @@ from pagelab.errors import ConfigError, ModelError, RequestError
 from pagelab.execution.loading import (
     DeviceConfig,
     load_runner,
+    resolve_backend,
     resolve_device,
 )
 from pagelab.execution.memory_plan import measure_device, plan_memory
@@ -73,14 +73,17 @@ class LLM:
         watermark: share of the blocks that an admission must leave free.
         max_num_batched_tokens: the token budget of a step; None: 512 on a CPU, 8192 on a GPU.
         max_num_seqs: sequences that run at the same time.
-        attention: `auto`, `triton`, `cpu` or `reference`.
-        threads: CPU threads; None leaves torch's choice.
+        attention: `auto`, `triton`, `native` (the whole step in the compiled extension, on a
+            CPU), `cpu` or `reference`.
+        quantization: `int8` or `q4`: weights in fewer bits, inputs in 8 by token and group of 32
+            (on a CPU, by the extension); None: neither.
+        threads: CPU threads; None: one for each physical core that this process may use.
         max_steps_in_flight: steps submitted before the oldest is collected; None: 1 on a CPU, 2
             on a GPU, which then works while the host schedules.
         random_weights: draw the weights instead of reading them (for timing): the model may then
             be a name of `pagelab.models.shapes.BUILT_IN`, or a folder with only a config.json.
         batch_invariant: a request's tokens do not depend on what shares its steps, to the bit, in
-            any dtype (`attention="triton"` only; slower).
+            any dtype (`native`, which always is so; `triton`, which is slower then).
         cuda_graphs: on a GPU, run steps as CUDA graphs (off: kernel by kernel, for finding faults).
         progress: show a bar on a terminal while weights are loaded.
         check_invariants: check the memory core after every step (slow).
@@ -92,6 +95,7 @@ class LLM:
 
     Attributes:
         memory_budget: who gets what of the device's memory, in bytes.
+        attention: the backend, `auto` resolved.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_num_seqs: int = 256,
         attention: str = "auto",
+        quantization: str | None = None,
         threads: int | None = None,
         max_steps_in_flight: int | None = None,
         random_weights: bool = False,
@@ -125,6 +130,7 @@ class LLM:
             device=device,
             dtype=dtype,
             attention=attention,
+            quantization=quantization,
             threads=threads,
             random_weights=random_weights,
             cuda_graphs=cuda_graphs,
@@ -137,7 +143,8 @@ class LLM:
                 f"max_model_len {max_model_len} is more than the model's own "
                 f"{self.spec.max_position}: lower --max-model-len"
             )
-        runs_ahead = resolve_attention(attention, self.device) == "triton"
+        self.attention = resolve_backend(devices, self.device, self.dtype, self.spec)
+        runs_ahead = self.attention == "triton"
         if max_steps_in_flight is None:
             max_steps_in_flight = 2 if runs_ahead else 1
         elif max_steps_in_flight > 1 and not runs_ahead:
@@ -161,6 +168,7 @@ class LLM:
             kv_memory=None if kv_memory is None else parse_bytes(kv_memory),
             utilization=gpu_memory_utilization,
             fused=runs_ahead,
+            quantization=quantization,
             graphs=cuda_graphs,
         )
         memory = MemoryConfig(

@@ -26,5 +26,6 @@ class EngineOptions(TypedDict, total=False):
     random_weights: bool
     cuda_graphs: bool
     batch_invariant: bool
+    quantization: str | None
     progress: bool
     check_invariants: bool

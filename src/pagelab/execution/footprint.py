@@ -29,6 +29,7 @@ from pagelab.kernels.sizes import (
 )
 from pagelab.memory.budget import Footprint
 from pagelab.memory.layout import DTYPE_BYTES
+from pagelab.models.parameters import count_parameters, dimensions_of
 from pagelab.models.spec import ModelSpec
 
 GRAPH_BYTES_A_LAYER = 1 << 18
@@ -52,19 +53,33 @@ class StepLimits:
     max_steps_in_flight: int = 1
 
 
-def weight_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of a model's weights; tied embeddings once, an untied head as well."""
-    return spec.num_parameters * DTYPE_BYTES[dtype]
+def weight_bytes(spec: ModelSpec, dtype: str, quantization: str | None = None) -> int:
+    """Bytes of a model's weights; tied embeddings once, an untied head as well.
+
+    Quantized: tables of the vocabulary 8.5 bits a weight, matrices 8 or 5 (scales included),
+    norms and biases in float32.
+    """
+    if quantization is None:
+        return spec.num_parameters * DTYPE_BYTES[dtype]
+    count = count_parameters(dimensions_of(spec))
+    tables, matrices = count.embedding + count.head, count.sharded + count.kv
+    bits = {"int8": 8, "q4": 5}[quantization]
+    others = count.total - tables - matrices
+    return tables * 17 // 16 + matrices * bits // 8 + 4 * others
 
 
-def plain_footprint(spec: ModelSpec, dtype: str, limits: StepLimits) -> Footprint:
-    """Of the runner that allocates as it goes (`model_runner`): a rough estimate of its peak."""
+def plain_footprint(
+    spec: ModelSpec, dtype: str, limits: StepLimits, quantization: str | None = None
+) -> Footprint:
+    """Of the runners that allocate as they go (`model_runner`, `native_runner`): a rough
+    estimate of their peak.
+    """
     tokens = limits.max_num_batched_tokens
     size = DTYPE_BYTES[dtype]
     logits = min(limits.max_num_seqs, tokens) * spec.vocab_size * (4 + size)
     layer = tokens * (spec.hidden_size + _live_numbers(spec)) * size
     return Footprint(
-        weights=weight_bytes(spec, dtype),
+        weights=weight_bytes(spec, dtype, quantization),
         activations={"logits": logits, "largest layer": layer},
     )
 

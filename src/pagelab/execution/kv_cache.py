@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -44,11 +46,9 @@ class KVCache:
         shape = (2, layout.num_kv_heads, blocks, layout.block_size, layout.head_dim)
         pool = format_bytes(num_blocks * layout.bytes_per_block)
         with out_of_memory(f"for a KV pool of {pool}", device, POOL):
-            # zeros, not empty: attention multiplies hidden slots by 0, which a NaN survives.
-            # The system hands out zero pages when they are first touched, so it costs nothing.
+            # zeros, not empty: attention multiplies hidden slots by 0, which a NaN survives
             self.layers = [
-                torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
-                for _ in range(layout.num_layers)
+                _zeros(shape, DTYPES[layout.dtype], device) for _ in range(layout.num_layers)
             ]
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -68,3 +68,18 @@ class KVCache:
         """Zero blocks whose content must not reach anyone (a NaN survives a masked product)."""
         for cache in self.layers:
             cache[:, :, list(block_ids)] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU the system's own zero pages, which take room when they are first touched.
+
+    `torch.zeros` writes them: a pool of 1 GiB then takes 1 GiB and half a second at start.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # a map of its own, not numpy's zeros: those are in huge pages, which few blocks fill
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(str(error)) from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -20,6 +20,7 @@ from rich.progress import (
 from pagelab.models.passed_weights import PassedWeights
 from pagelab.models.spec import ModelSpec
 from pagelab.models.weights import expected_weights
+from pagelab.native.packed import Blocks
 
 _AFTER_S = 1.0
 
@@ -92,6 +93,13 @@ class WatchedWeights(PassedWeights):
         tensor = super().__getitem__(name)
         self._progress.advance(tensor.numel() * self._size)
         return tensor
+
+    def blocks(self, name: str) -> Blocks | None:
+        """As the source's; told as well."""
+        blocks = super().blocks(name)
+        if blocks is not None:
+            self._progress.advance(len(blocks.data) * blocks.k * self._size)
+        return blocks
 
 
 def loaded_bytes(spec: ModelSpec, size: int) -> int:

@@ -15,14 +15,19 @@ from pagelab.errors import ConfigError
 from pagelab.execution.kv_cache import DTYPES, KVCache
 from pagelab.execution.load_progress import LoadProgress, WatchedWeights, loaded_bytes
 from pagelab.execution.model_runner import ModelRunner
+from pagelab.execution.native_runner import NativeRunner
 from pagelab.execution.oom import WEIGHTS, out_of_memory
 from pagelab.memory.layout import DTYPE_BYTES
 from pagelab.models.decoder import Decoder, Weights
 from pagelab.models.device_weights import DeviceWeights
 from pagelab.models.fetch import ModelSource
+from pagelab.models.native_decoder import QUANTIZATIONS, NativeDecoder, why_not_native
 from pagelab.models.random_weights import RandomWeights
 from pagelab.models.registry import open_weights
 from pagelab.models.spec import ModelSpec
+from pagelab.native.library import native
+from pagelab.native.packed import Threads
+from pagelab.telemetry import available_cores
 
 if TYPE_CHECKING:
     from pagelab.execution.gpu_runner import GpuRunner
@@ -34,7 +39,7 @@ class DeviceConfig:
 
     With `random_weights` a model's files are not read: its weights are drawn on the device.
     Without `cuda_graphs` every step runs kernel by kernel. Without `progress` loading shows no
-    bar.
+    bar. `quantization` is one of `native_decoder.QUANTIZATIONS`, for the compiled extension.
     """
 
     device: str = "auto"
@@ -44,13 +49,15 @@ class DeviceConfig:
     random_weights: bool = False
     cuda_graphs: bool = True
     batch_invariant: bool = False
+    quantization: str | None = None
     progress: bool = True
 
 
 def resolve_device(config: DeviceConfig) -> tuple[torch.device, str]:
     """The device and the dtype to use.
 
-    `auto` takes the GPU if torch sees one, bfloat16 there and float32 on a CPU.
+    `auto` takes the GPU if torch sees one, bfloat16 there and float32 on a CPU (bfloat16 beside
+    quantized weights).
 
     Raises:
         ConfigError: a device that is not there, or an unknown dtype.
@@ -68,10 +75,40 @@ def resolve_device(config: DeviceConfig) -> tuple[torch.device, str]:
         raise ConfigError(f"device {name!r} is not there: see `pagelab check`, or use cpu")
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        # quantized weights are not exact anyway: then K/V need not take the room
+        plain = device.type != "cuda" and config.quantization is None
+        dtype = "float32" if plain else "bfloat16"
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype {dtype!r}: choose auto or one of {', '.join(DTYPES)}")
     return device, dtype
+
+
+def resolve_backend(config: DeviceConfig, device: torch.device, dtype: str, spec: ModelSpec) -> str:
+    """The attention backend that runs a model: `native` is the whole step in the extension.
+
+    Raises:
+        ConfigError: a backend that does not exist or run here, or options that need another.
+    """
+    name = resolve_attention(config.attention, device)
+    if name == "native" or (config.attention == "auto" and device.type == "cpu"):
+        reason = why_not_native(spec, dtype)
+        if reason is None:
+            name = "native"
+        elif name == "native":
+            raise ConfigError(f"--attention native does not run this model: {reason}")
+        elif config.quantization is not None:
+            raise ConfigError(f"--quantization needs the compiled extension: {reason}")
+    if config.quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(
+            f"no quantization {config.quantization!r}: choose one of {', '.join(QUANTIZATIONS)}"
+        )
+    if config.quantization is not None and name != "native":
+        raise ConfigError(f"--quantization needs --attention native, on a CPU; here it is {name}")
+    if config.batch_invariant and name not in ("native", "triton"):
+        raise ConfigError(
+            f"--batch-invariant needs --attention native or triton; here it is {name}"
+        )
+    return name
 
 
 def load_runner(
@@ -81,7 +118,7 @@ def load_runner(
     *,
     memory: MemoryConfig,
     scheduling: SchedulerConfig,
-) -> ModelRunner | GpuRunner:
+) -> ModelRunner | NativeRunner | GpuRunner:
     """Read the weights, build the decoder and its KV cache, and the runner for them.
 
     Raises:
@@ -93,16 +130,14 @@ def load_runner(
         if config.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {config.threads}")
         torch.set_num_threads(config.threads)
-    name = resolve_attention(config.attention, device)
+    name = resolve_backend(config, device, dtype, spec)
     layout = spec.kv_layout(dtype, memory.block_size)
     fused = name == "triton"
-    if config.batch_invariant and not fused:
-        raise ConfigError(
-            f"--batch-invariant needs --attention triton, on a GPU; here it is {name}"
-        )
     cache = KVCache(layout, memory.num_blocks, device, scratch_block=fused)
     with torch.inference_mode(), out_of_memory("while loading the weights", device, WEIGHTS):
         with _weights(source, spec, config, device, dtype) as weights:
+            if name == "native":
+                return NativeRunner(_native_decoder(spec, weights, dtype, config), cache)
             decoder = Decoder(spec, weights, DTYPES[dtype], device, pack=not fused)
         if not fused:
             return ModelRunner(decoder, cache, select_attention(name))
@@ -119,6 +154,15 @@ def load_runner(
     if device.type == "cuda":  # what loading needed, for the runner's own stream
         torch.cuda.empty_cache()
     return runner
+
+
+def _native_decoder(
+    spec: ModelSpec, weights: Weights, dtype: str, config: DeviceConfig
+) -> NativeDecoder:
+    found = native()
+    assert found is not None, "resolve_backend chose it"
+    threads = Threads(found, config.threads or available_cores())
+    return NativeDecoder(spec, weights, dtype, config.quantization, threads)
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def plan_memory(
     utilization: float | None,
     fused: bool,
     graphs: bool,
+    quantization: str | None = None,
 ) -> MemoryBudget:
     """Divide a device's memory, before anything is allocated.
 
@@ -72,6 +73,7 @@ def plan_memory(
         utilization: share of a GPU's free memory; None: 0.9, where `kv_memory` is None.
         fused: the runner of our own kernels (`gpu_runner`) will run it.
         graphs: with CUDA graphs.
+        quantization: of the weights.
 
     Raises:
         ConfigError: both `kv_memory` and `utilization`, or a utilization on a CPU.
@@ -98,7 +100,7 @@ def plan_memory(
             spec, dtype, limits, num_sms=memory.num_sms, graphs=graphs and on_gpu
         )
     else:
-        footprint = plain_footprint(spec, dtype, limits)
+        footprint = plain_footprint(spec, dtype, limits, quantization)
     layout = spec.kv_layout(dtype, block_size)
     if kv_memory is None and on_gpu:
         return budget_from_free_memory(

@@ -11,6 +11,7 @@ from rich.table import Table
 from pagelab.attention.select import why_no_triton_on
 from pagelab.config import format_bytes
 from pagelab.models.fetch import default_model_status, model_cache
+from pagelab.native.library import instruction_sets, native, why_no_native
 from pagelab.telemetry import Capability, describe_environment, what_runs
 
 
@@ -22,7 +23,7 @@ def check_environment(*, probe_torch: bool = True) -> dict[str, Any]:
     environment = describe_environment(model_cache(), probe_torch=probe_torch)
     ready, why = default_model_status()
     environment["default_model"] = {"ready": ready, "why": why}
-    runs = [*what_runs(environment), attention_backend(environment)]
+    runs = [*what_runs(environment), compiled_extension(), attention_backend(environment)]
     environment["runs"] = [capability._asdict() for capability in runs]
     return environment
 
@@ -46,6 +47,15 @@ def render_check(environment: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def compiled_extension() -> Capability:
+    """Whether the extension for CPUs runs here, and by which instruction set."""
+    reason, found = why_no_native(), native()
+    if found is None:
+        return Capability("compiled extension", False, f"{reason}; torch's operations instead")
+    sets = ", ".join(instruction_sets())
+    return Capability("compiled extension", True, f"{found.name} (here are {sets})")
+
+
 def attention_backend(environment: dict[str, Any]) -> Capability:
     """Whether the Triton kernels run here, what `--attention auto` takes, and why.
 
@@ -59,6 +69,8 @@ def attention_backend(environment: dict[str, Any]) -> Capability:
         capability = environment["gpus"][0].get("compute_capability")
         reason = why_no_triton_on(tuple(capability)) if capability else None
     backend = "triton" if reason is None else "cpu"
+    if not usable.runs and native() is not None:
+        backend = "native"
     text = f"--attention auto takes {backend}"
     return Capability("attention triton", reason is None, text + (f": {reason}" if reason else ""))
 

@@ -102,6 +102,12 @@ class GGUFFile:
         reshaped: npt.NDArray[Any] = values.reshape(tensor.shape)
         return reshaped
 
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A matrix's own bytes, `[rows, bytes a row]`, in the file's memory map."""
+        tensor = self.tensors[name]
+        raw = np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start)
+        return raw.reshape(prod(tensor.shape[:-1]), -1)
+
     def _read_header(self) -> None:
         if self._take(4) != _MAGIC:
             raise CorruptModelError(f"{self.path} is no GGUF file: it does not begin with GGUF")

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +26,7 @@ from pagelab.models.gguf_file import GGUFFile
 from pagelab.models.hf_config import Fields, check_heads
 from pagelab.models.spec import ModelSpec, RopeScaling
 from pagelab.models.weights import check_shapes, expected_weights
+from pagelab.native.packed import Blocks
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 
@@ -56,6 +58,7 @@ _GPT2_NAMES = {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
+_BLOCK_TYPES = tuple(gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
 _ROPE_FACTORS = "rope_freqs.weight"
 # options that change the arithmetic, and the value at which they do not
 _NEUTRAL: Mapping[str, Any] = {
@@ -161,11 +164,27 @@ def read_array(file: GGUFFile, spec: ModelSpec, name: str, stored_name: str) -> 
     values = file.read(stored_name)
     if _is_conv1d(name):
         return np.ascontiguousarray(values.T)
+    return _in_transformers_order(values, spec, name)
+
+
+def read_blocks(file: GGUFFile, spec: ModelSpec, name: str, stored_name: str) -> Blocks | None:
+    """One matrix `[out, in]` as the file's quantized blocks, its rows in transformers' order.
+
+    None where its type is none of `_BLOCK_TYPES`, or transformers keeps it `[in, out]`.
+    """
+    tensor = file.tensors[stored_name]
+    if tensor.type not in _BLOCK_TYPES or len(tensor.shape) != 2 or _is_conv1d(name):
+        return None
+    rows = _in_transformers_order(file.raw(stored_name), spec, name)
+    return Blocks(int(tensor.type), rows, tensor.shape[1])
+
+
+def _in_transformers_order(rows: npt.NDArray[Any], spec: ModelSpec, name: str) -> npt.NDArray[Any]:
     if spec.architecture == "llama" and ".q_proj." in name:
-        return unpermute(values, spec.num_heads)
+        return unpermute(rows, spec.num_heads)
     if spec.architecture == "llama" and ".k_proj." in name:
-        return unpermute(values, spec.num_kv_heads)
-    return values
+        return unpermute(rows, spec.num_kv_heads)
+    return rows
 
 
 def transformers_name(name: str, spec: ModelSpec) -> str | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, MutableMapping
 import torch
 
 from pagelab.models.gguf_file import GGUFFile
-from pagelab.models.gguf_model import read_array, stored_names
+from pagelab.models.gguf_model import read_array, read_blocks, stored_names
 from pagelab.models.spec import ModelSpec
+from pagelab.native.packed import Blocks
 
 
 class GGUFWeights(MutableMapping[str, torch.Tensor]):
@@ -32,6 +33,10 @@ class GGUFWeights(MutableMapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.from_numpy(read_array(self._file, self._spec, name, self._places[name]))
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A matrix in the file's own quantized blocks; None where it is of another type."""
+        return read_blocks(self._file, self._spec, name, self._places[name])
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         raise TypeError("a file's weights are read, not set")

@@ -6,6 +6,8 @@ from collections.abc import Iterator, MutableMapping
 
 import torch
 
+from pagelab.native.packed import Blocks
+
 
 class PassedWeights(MutableMapping[str, torch.Tensor]):
     """A mapping that is its source in all but what `__getitem__` makes of a tensor.
@@ -19,6 +21,11 @@ class PassedWeights(MutableMapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._source[name]
+
+    def blocks(self, name: str) -> Blocks | None:
+        """The source's own quantized blocks of a matrix, where it holds such."""
+        read = getattr(self._source, "blocks", None)
+        return None if read is None else read(name)
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         self._source[name] = tensor

@@ -1,0 +1,1 @@
+"""The compiled extension for CPUs: `library` finds it, `csrc/` is its source."""

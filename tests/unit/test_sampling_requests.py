@@ -83,7 +83,8 @@ KINDS: list[SamplingParams] = [
     SamplingParams(max_tokens=20, seed=1, repetition_penalty=1.3, n=3),
     SamplingParams(max_tokens=20, seed=2, frequency_penalty=1.0, presence_penalty=-1.0),
     SamplingParams(max_tokens=20, temperature=0, presence_penalty=2.0, logit_bias={3: 4.0}),
-    SamplingParams(max_tokens=20, seed=3, logit_bias={3: 4.0}, min_tokens=5, prompt_logprobs=2),
+    # (with seed 3 a number lies within 2e-7 of a border between two tokens: rounding decides)
+    SamplingParams(max_tokens=20, seed=5, logit_bias={3: 4.0}, min_tokens=5, prompt_logprobs=2),
     SamplingParams(max_tokens=20, temperature=0, n=2, prompt_logprobs=0),
     SamplingParams(max_tokens=20, seed=4),
 ]
@@ -153,7 +154,7 @@ def test_every_position_of_a_prompt_is_there_whatever_the_cache_holds() -> None:
 
 
 def test_a_request_that_fails_has_no_half_of_a_prompt() -> None:
-    llm = engine(max_num_batched_tokens=8)
+    llm = engine(max_num_batched_tokens=8, attention="cpu")
     with torch.inference_mode():
         llm.core.runner.decoder.embedding[200] = torch.nan  # type: ignore[attr-defined]
     bad = [*[p for p in PROMPT if p != 200][:20], 200]

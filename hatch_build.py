@@ -84,9 +84,10 @@ def _compile(root: Path) -> str | None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
     if compiler is None or os.name != "posix":
         return "no C++ compiler (g++ or clang++; or set CXX)"
-    sets = _SETS.get({"arm64": "aarch64"}.get(platform.machine(), platform.machine()))
-    if sets is None:
-        sets = {"baseline": ()}
+    machine = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    if machine != "x86_64" and os.environ.get("PAGELAB_COMPILE") != "1":
+        return f"it has not been tried on {machine} yet (PAGELAB_COMPILE=1 compiles it anyway)"
+    sets = _SETS.get(machine, {"baseline": ()})
     source = root / FOLDER / "csrc"
     with tempfile.TemporaryDirectory() as made:
         jobs = [(source / f"{name}.cpp", f"{made}/{name}.o", ()) for name in ("pool", "api")]

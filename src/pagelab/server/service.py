@@ -70,10 +70,10 @@ class Generation:
         for stream in self.streams:
             stream.cancel()
 
-    def usage(self) -> dict[str, object]:
-        """OpenAI's counts of tokens."""
+    def usage(self, *, with_output: bool = True) -> dict[str, object]:
+        """OpenAI's counts of tokens; without those of the answer where nobody was given them."""
         prompt = sum(len(stream.prompt_token_ids) for stream in self.streams)
-        output = sum(stream.num_output_tokens for stream in self.streams)
+        output = sum(stream.num_output_tokens for stream in self.streams) if with_output else 0
         cached = sum(s.metrics.num_cached_tokens for s in self.streams if s.metrics is not None)
         return {
             "prompt_tokens": prompt,

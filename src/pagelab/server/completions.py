@@ -21,6 +21,7 @@ from pagelab.server.parameters import to_sampling_params
 from pagelab.server.schemas import CompletionRequest
 from pagelab.server.service import Generation, Service
 from pagelab.server.sse import DONE, EventStream, answer, event
+from pagelab.server.tracing import trace_of
 from pagelab.types import FinishReason
 
 router = APIRouter()
@@ -40,6 +41,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         params,
         priority=body.priority or 0,
         add_special_tokens=body.add_special_tokens,
+        trace=trace_of(request),
     )
     generation = await answer(request, work, limit)
     reply = _Reply(service, generation, body)

@@ -73,9 +73,10 @@ def bench(url: str, *options: str) -> Result:
 def test_it_measures_a_server_and_writes_a_record(tmp_path: Path, how: list[str]) -> None:
     offline = tmp_path / "offline.json"
     offline.write_text(json.dumps({"summary": {"output_tokens_per_s": {"median": 1e6}}}))
-    path = tmp_path / "record.json"
+    path, page = tmp_path / "record.json", tmp_path / "new" / "page.html"
+    files = ["--json", str(path), "--html", str(page), "--offline", str(offline)]
     with running(step_s=0.001) as server:
-        done = bench(server.url, *how, "--json", str(path), "--offline", str(offline))
+        done = bench(server.url, *how, *files)
         assert done.exit_code == 0, done.output
         server.until(server.idle)
     record: dict[str, Any] = json.loads(path.read_text())
@@ -87,6 +88,9 @@ def test_it_measures_a_server_and_writes_a_record(tmp_path: Path, how: list[str]
     assert record["figures"]["ttft_p99_s"]["value"] > 0
     assert "TTFT" in done.output
     assert "% of it" in done.output
+    text = page.read_text(encoding="utf-8")
+    assert "The server answered all 30 requests" in text
+    assert f"<dd>{server.url}</dd>" in text
     if how[0] == "--rate":
         dues = [one["due_s"] for one in record["requests"]]
         assert dues == sorted(dues)

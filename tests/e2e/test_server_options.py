@@ -102,6 +102,42 @@ def test_log_probabilities_of_an_answer_and_of_an_echoed_prompt(
     assert streamed[1:] == pytest.approx(values, abs=1e-4)
 
 
+def test_no_tokens_and_echo_give_the_log_probabilities_of_the_prompt_alone(
+    client: openai.OpenAI, llm: LLM
+) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+    prompt = llm.generate("Hello", params)[0].prompt_logprobs
+    assert prompt is not None
+    values = [entry.chosen for entry in prompt if entry is not None]
+    options: Any = {"model": "tiny", "prompt": "Hello", "max_tokens": 0, "echo": True, "n": 2}
+    done = client.completions.create(**options, logprobs=1, stop=["x"])
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 0)
+    for choice in done.choices:
+        assert (choice.text, choice.finish_reason) == ("Hello", "length")
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens == list("Hello")
+        assert choice.logprobs.token_logprobs is not None
+        assert choice.logprobs.token_logprobs[0] is None
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(values, abs=1e-4)
+    texts, reasons, tokens = {0: "", 1: ""}, {}, 0
+    for chunk in client.completions.create(
+        **options, logprobs=1, stream=True, stream_options={"include_usage": True}
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+            tokens += len((choice.logprobs and choice.logprobs.tokens) or ())
+        last = chunk.usage
+    assert texts == {0: "Hello", 1: "Hello"}
+    assert reasons == {0: "length", 1: "length"}
+    assert tokens == 10
+    assert last is not None
+    assert last.completion_tokens == 0
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(model="tiny", prompt="Hello", max_tokens=0)
+
+
 def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     done = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=4, temperature=0,

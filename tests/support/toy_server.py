@@ -15,6 +15,7 @@ import uvicorn
 from pagelab.engine.async_llm import AsyncLLM
 from pagelab.server.app import make_app
 from pagelab.server.settings import ServerSettings
+from pagelab.server.tracing import Tracing
 from tests.support.toy_process import toy_llm
 
 T = TypeVar("T")
@@ -23,12 +24,14 @@ T = TypeVar("T")
 class RunningServer:
     """A server in a thread; `llm` belongs to its event loop."""
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings) -> None:
+    def __init__(
+        self, llm: AsyncLLM, settings: ServerSettings, tracing: Tracing | None = None
+    ) -> None:
         self.llm = llm
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.app = make_app(llm, settings)
+        self.app = make_app(llm, settings, tracing=tracing)
         config = uvicorn.Config(
             self.app, log_level="error", lifespan="on", timeout_graceful_shutdown=1
         )
@@ -80,18 +83,22 @@ class RunningServer:
 
 
 @contextmanager
-def running(settings: ServerSettings | None = None, **options: Any) -> Iterator[RunningServer]:
+def running(
+    settings: ServerSettings | None = None, tracing: Tracing | None = None, **options: Any
+) -> Iterator[RunningServer]:
     """A server over the toy engine; options are those of `toy_process.make`."""
     settings = settings or ServerSettings(show_text=True)
     llm = toy_llm(max_waiting=settings.limits.max_waiting, **options)
-    with serving(llm, settings) as server:
+    with serving(llm, settings, tracing) as server:
         yield server
 
 
 @contextmanager
-def serving(llm: AsyncLLM, settings: ServerSettings) -> Iterator[RunningServer]:
+def serving(
+    llm: AsyncLLM, settings: ServerSettings, tracing: Tracing | None = None
+) -> Iterator[RunningServer]:
     """A server over any engine."""
-    server = RunningServer(llm, settings)
+    server = RunningServer(llm, settings, tracing)
     server.start()
     try:
         yield server

@@ -162,6 +162,7 @@ def latency(**options: Any) -> None:
     help="A record of `pagelab bench throughput --json`: how far is the server behind it?",
 )
 @click.option("--json", "json_path", type=_FILE, help="Write everything here.")
+@click.option("--html", "html_path", type=_FILE, help="Write the report page here.")
 def serve(**options: Any) -> None:
     """Load on an OpenAI-compatible server: TTFT, ITL, TPOT and goodput with their confidence."""
     from rich.console import Console
@@ -169,8 +170,8 @@ def serve(**options: Any) -> None:
     from pagelab.bench.record import check_paths
     from pagelab.bench.serve import ServeBench, bench_serve, save, table
 
-    json_path = options.pop("json_path")
-    check_paths(json_path)
+    json_path, html_path = options.pop("json_path"), options.pop("html_path")
+    check_paths(json_path, html_path)
     settings = ServeBench(**options)
     console = Console(stderr=True)
     with console.status("warming up") as status:
@@ -182,6 +183,10 @@ def serve(**options: Any) -> None:
     click.echo(table(record))
     if json_path is not None:
         save(record, json_path)
+    if html_path is not None:
+        from pagelab.report.load import write_load_html
+
+        write_load_html(record, html_path)
     if record["num_failed"]:
         raise click.exceptions.Exit(1)
 

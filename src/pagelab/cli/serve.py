@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import click
@@ -54,12 +55,19 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 @click.option(
     "--show-text", is_flag=True, help="Let the page map show the texts of prompts and answers."
 )
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry traces to this collector, as http://127.0.0.1:4318 (pagelab[otel]).  "
+    "[default: OTEL_EXPORTER_OTLP_ENDPOINT]",
+)
 def serve(**options: Any) -> None:
     """Serve a model to OpenAI's clients, with a live map of its KV blocks at /."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'pagelab[server]'")
     from pagelab.engine.async_llm import AsyncLLM
+    from pagelab.server.otlp import traces_url
     from pagelab.server.run import run_server
     from pagelab.server.settings import Limits, ServerSettings
 
@@ -68,6 +76,7 @@ def serve(**options: Any) -> None:
         drain_s=options["drain_timeout"],
         page_map=options["page_map"],
         show_text=options["show_text"],
+        traces_url=traces_url(options["otlp_endpoint"], os.environ),
         limits=Limits(
             **{
                 name: options[name]

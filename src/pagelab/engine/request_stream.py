@@ -196,6 +196,11 @@ class RequestStream:
         """Tokens of all sequences so far."""
         return sum(len(sample.token_ids) for sample in self._samples)
 
+    @property
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Of each sequence, in order; one that was left before its end counts as cancelled."""
+        return tuple(s.finish_reason or FinishReason.CANCELLED for s in self._samples)
+
     def _take(self, index: int) -> CompletionDelta:
         sample = self._samples[index]
         finished = sample.finish_reason is not None and not sample.end_taken

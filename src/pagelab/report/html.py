@@ -55,7 +55,7 @@ def render_html(results: Results) -> str:
     context: dict[str, Any] = {
         "title": _title(results),
         "results": results,
-        "created": _date(results["created"]),
+        "created": date(results["created"]),
         "headline": headline(results),
         "headline_workload": headline_workload(results),
         "keys": key_figures(results),
@@ -86,8 +86,8 @@ def render_html(results: Results) -> str:
         "without_blocks": [m for m in drawn if m.kv and m.kv["num_blocks"] is None],
         "glossary": GLOSSARY,
         "capacity": capacity,
-        "css": _asset("page.css"),
-        "scripts": [vega_bundle(), _asset("page.js"), _asset("blockmap.js")],
+        "css": asset("page.css"),
+        "scripts": [vega_bundle(), asset("page.js"), asset("blockmap.js")],
     }
     context["data"] = embed_json(
         {
@@ -98,7 +98,7 @@ def render_html(results: Results) -> str:
             "view": first_view(maps, found, context["headline_workload"]),
         }
     )
-    return str(_template().render(context))
+    return str(template("page.html.j2").render(context))
 
 
 def embed_json(value: Any) -> Markup:
@@ -123,7 +123,8 @@ def startup_cells(startup: Any) -> list[str]:
     return [seconds(part) for part in (*parts, sum(parts))]
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """One of the pages in `assets`."""
     environment = Environment(
         loader=PackageLoader("pagelab.report", "assets"),
         autoescape=True,
@@ -131,10 +132,11 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
+    """One of our own scripts or style sheets."""
     text = (files("pagelab.report") / "assets" / name).read_text(encoding="utf-8")
     return _script(text) if name.endswith(".js") else Markup(text)  # our own files
 
@@ -163,7 +165,8 @@ def _title(results: Results) -> str:
     return title if len(found) == kinds else f"{title} in {len(found)} cells"
 
 
-def _date(created: str) -> str:
+def date(created: str) -> str:
+    """When it ran, for people."""
     try:
         return f"{datetime.fromisoformat(created):%-d %B %Y, %H:%M}"
     except ValueError:

@@ -19,6 +19,7 @@ from pagelab.server.page_map import PageMap
 from pagelab.server.service import Service
 from pagelab.server.settings import ServerSettings
 from pagelab.server.sse import ClientGoneError
+from pagelab.server.tracing import Traced, Tracing
 from pagelab.server.turnstile import Turnstile
 
 _LAG_EVERY_S = 0.05
@@ -29,11 +30,12 @@ def make_app(
     settings: ServerSettings,
     *,
     on_failure: Callable[[BaseException], None] | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """An ASGI application. The engine is started with it, and closed with it.
 
     While the model loads, requests are answered with 503. `on_failure` is told if it cannot be
-    loaded.
+    loaded. Spans of requests go to `tracing`, which is closed with the application.
     """
     metrics = ServerMetrics(llm)
     page_map = PageMap(llm, metrics)
@@ -58,6 +60,8 @@ def make_app(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await llm.close()
+            if tracing is not None:
+                await tracing.close()
 
     app = FastAPI(
         title="PageLab",
@@ -78,6 +82,8 @@ def make_app(
         Access, api_keys=settings.api_keys, max_body_bytes=settings.limits.max_body_bytes
     )
     app.add_middleware(Turnstile)
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)  # the outermost: waiting counts
     return app
 
 

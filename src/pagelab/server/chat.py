@@ -19,6 +19,7 @@ from pagelab.server.parameters import to_sampling_params
 from pagelab.server.schemas import ChatMessage, ChatRequest
 from pagelab.server.service import Generation, Service
 from pagelab.server.sse import DONE, EventStream, answer, event
+from pagelab.server.tracing import trace_of
 
 router = APIRouter()
 
@@ -37,7 +38,13 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
     prompt = service.llm.tokenizer.render_chat(template_messages(body.messages), tools=tools)
     # the template wrote the special tokens itself
-    work = service.begin([prompt], params, priority=body.priority or 0, add_special_tokens=False)
+    work = service.begin(
+        [prompt],
+        params,
+        priority=body.priority or 0,
+        add_special_tokens=False,
+        trace=trace_of(request),
+    )
     generation = await answer(request, work, limit)
     reply = _Reply(service, generation, body)
     if body.stream:

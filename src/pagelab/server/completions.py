@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,8 @@ from pagelab.server.parameters import to_sampling_params
 from pagelab.server.schemas import CompletionRequest
 from pagelab.server.service import Generation, Service
 from pagelab.server.sse import DONE, EventStream, answer, event
+from pagelab.server.tracing import trace_of
+from pagelab.types import FinishReason
 
 router = APIRouter()
 
@@ -38,6 +41,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         params,
         priority=body.priority or 0,
         add_special_tokens=body.add_special_tokens,
+        trace=trace_of(request),
     )
     generation = await answer(request, work, limit)
     reply = _Reply(service, generation, body)
@@ -63,6 +67,7 @@ class _Reply:
     def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
         self._generation = generation
         self._body = body
+        self._prompt_only = body.max_tokens == 0
         n = body.n or 1
         tokenizer = service.llm.tokenizer if service.llm.has_tokenizer else None
         self._echoes = [""] * (n * len(generation.streams))
@@ -86,10 +91,21 @@ class _Reply:
             "model": service.model_name,
         }
 
+    async def _deltas(self) -> AsyncIterator[tuple[int, CompletionDelta]]:
+        """The generation's; with `max_tokens` 0 without the one token that nobody asked for."""
+        async for number, delta in self._generation.deltas():
+            if self._prompt_only:
+                reason = None if delta.finish_reason is None else FinishReason.LENGTH
+                delta = replace(delta, text="", token_ids=(), logprobs=(), finish_reason=reason)
+            yield number, delta
+
+    def _usage(self) -> dict[str, object]:
+        return self._generation.usage(with_output=not self._prompt_only)
+
     async def whole(self) -> JSONResponse:
         """Everything at once."""
         deltas: list[list[CompletionDelta]] = [[] for _ in self._echoes]
-        async for number, delta in self._generation.deltas():
+        async for number, delta in self._deltas():
             deltas[number].append(delta)
         choices = [
             {
@@ -100,7 +116,7 @@ class _Reply:
             }
             for number, echo in enumerate(self._echoes)
         ]
-        return JSONResponse({**self._head, "choices": choices, "usage": self._generation.usage()})
+        return JSONResponse({**self._head, "choices": choices, "usage": self._usage()})
 
     def _prompt_logprobs(self, number: int) -> dict[str, list[Any]] | None:
         stream = self._generation.streams[number // (self._body.n or 1)]
@@ -127,7 +143,7 @@ class _Reply:
         usage = {"usage": None} if with_usage else {}
         try:
             echoed: set[int] = set()
-            async for number, delta in self._generation.deltas():
+            async for number, delta in self._deltas():
                 if self._body.echo and number not in echoed:
                     echoed.add(number)  # not before: its log probabilities come with the first
                     choice = _choice(number, self._echoes[number])
@@ -143,7 +159,7 @@ class _Reply:
                 choice["finish_reason"] = delta.finish_reason
                 yield event({**self._head, "choices": [choice], **usage})
             if with_usage:
-                yield event({**self._head, "choices": [], "usage": self._generation.usage()})
+                yield event({**self._head, "choices": [], "usage": self._usage()})
             yield DONE
         except Exception as error:
             yield event(of_exception(error).body())

@@ -49,7 +49,10 @@ def _max_tokens(body: Sampling) -> int | None:
         if body.max_completion_tokens is not None:
             return body.max_completion_tokens
         return body.max_tokens
-    return 16 if body.max_tokens is None else body.max_tokens
+    if body.max_tokens == 0 and not (isinstance(body, CompletionRequest) and body.echo):
+        raise ApiError(400, "max_tokens = 0 needs echo = true: no answer else", param="max_tokens")
+    # 0 asks for the prompt's log probabilities: the engine generates one token, which is dropped
+    return 16 if body.max_tokens is None else max(1, body.max_tokens)
 
 
 def _logprobs(body: Sampling) -> int | None:

@@ -40,7 +40,9 @@ MOST_LOOKS = 2000
 
 NOTE = (
     "A recording of a server's page map, a step for each look at the blocks (about five a second). "
-    "Token ids were not recorded (they are 0), and unwritten slots all count as reserved."
+    "Token ids were not recorded (they are 0), and unwritten slots all count as reserved. "
+    "Of the model only its name, vocabulary and K/V bytes a token are known: parameters, layers, "
+    "heads and threads stand as 0; seed, temperature, watermark and placement are placeholders."
 )
 
 

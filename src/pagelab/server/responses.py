@@ -19,6 +19,7 @@ from pagelab.server.errors import of_exception
 from pagelab.server.schemas import IGNORED, ChatMessage
 from pagelab.server.service import Generation, Service
 from pagelab.server.sse import EventStream, answer, event
+from pagelab.server.tracing import trace_of
 from pagelab.types import GuidedDecoding, SamplingParams
 
 router = APIRouter()
@@ -119,7 +120,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     service.check_ready()
     service.check_model(body.model)
     prompt = service.llm.tokenizer.render_chat(body.messages())
-    work = service.begin([prompt], body.params(), add_special_tokens=False)
+    work = service.begin([prompt], body.params(), add_special_tokens=False, trace=trace_of(request))
     generation = await answer(request, work, limit)
     reply = _Reply(service, generation, body)
     if body.stream:

@@ -12,6 +12,7 @@ import uvicorn
 from pagelab.engine.async_llm import AsyncLLM
 from pagelab.errors import ConfigError
 from pagelab.server.app import make_app
+from pagelab.server.otlp import otlp_tracing
 from pagelab.server.settings import ServerSettings
 
 _BACKLOG = 2048
@@ -48,8 +49,10 @@ def run_server(
     """Serve until SIGTERM or Ctrl-C, then let running requests finish for `drain_s` seconds.
 
     Raises:
-        PageLabError: the model cannot be loaded, or the address cannot be listened on.
+        PageLabError: the model cannot be loaded, the address cannot be listened on, or traces
+            are asked for without their extra.
     """
+    tracing = None if settings.traces_url is None else otlp_tracing(settings.traces_url)
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -59,7 +62,7 @@ def run_server(
         failures.append(error)
         server.should_exit = True
 
-    app = make_app(llm, settings, on_failure=fail)
+    app = make_app(llm, settings, on_failure=fail, tracing=tracing)
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -111,6 +111,7 @@ class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
     prompt: _Text | _Ids | Annotated[list[_Text | _Ids], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
     echo: StrictBool | None = None
     logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(strict=True, ge=1)] | None = None

@@ -16,6 +16,7 @@ from pagelab.server.errors import ApiError
 from pagelab.server.metrics import ServerMetrics
 from pagelab.server.page_map import PageMap
 from pagelab.server.settings import ServerSettings
+from pagelab.server.tracing import RequestTrace
 from pagelab.types import FinishReason, SamplingParams
 
 
@@ -70,10 +71,10 @@ class Generation:
         for stream in self.streams:
             stream.cancel()
 
-    def usage(self) -> dict[str, object]:
-        """OpenAI's counts of tokens."""
+    def usage(self, *, with_output: bool = True) -> dict[str, object]:
+        """OpenAI's counts of tokens; without those of the answer where nobody was given them."""
         prompt = sum(len(stream.prompt_token_ids) for stream in self.streams)
-        output = sum(stream.num_output_tokens for stream in self.streams)
+        output = sum(stream.num_output_tokens for stream in self.streams) if with_output else 0
         cached = sum(s.metrics.num_cached_tokens for s in self.streams if s.metrics is not None)
         return {
             "prompt_tokens": prompt,
@@ -128,14 +129,19 @@ class Service:
         *,
         priority: int = 0,
         add_special_tokens: bool = True,
+        trace: RequestTrace | None = None,
     ) -> Generation:
         """Queue all prompts of a request; returns once the engine has taken them.
+
+        `trace` is told what is asked, and of the streams.
 
         Raises:
             ApiError: more than the limits allow.
             PageLabError: as `AsyncLLM.submit`; then none of them is left running.
         """
         limits, llm = self.settings.limits, self.llm
+        if trace is not None:
+            trace.asked(self.model_name, params)
         if len(prompts) * params.n > limits.max_sequences:
             raise ApiError(
                 400,
@@ -171,6 +177,8 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
+        if trace is not None:
+            trace.began(streams)
         return Generation(streams, params.n)
 
     def _check_length(self, tokens: int) -> None:

@@ -50,6 +50,7 @@ class ServerSettings:
         drain_s: how long running requests may go on after SIGTERM.
         page_map: whether `/` is there.
         show_text: whether the page map may show the texts of prompts and answers.
+        traces_url: where a collector takes OpenTelemetry's traces; None: nothing is traced.
         limits: see `Limits`.
     """
 
@@ -60,6 +61,7 @@ class ServerSettings:
     drain_s: float = 30.0
     page_map: bool = True
     show_text: bool = False
+    traces_url: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

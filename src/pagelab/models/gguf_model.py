@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -26,7 +26,9 @@ from pagelab.models.gguf_file import GGUFFile
 from pagelab.models.hf_config import Fields, check_heads
 from pagelab.models.spec import ModelSpec, RopeScaling
 from pagelab.models.weights import check_shapes, expected_weights
-from pagelab.native.packed import Blocks
+
+if TYPE_CHECKING:
+    from pagelab.native.packed import Blocks
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 
@@ -172,6 +174,8 @@ def read_blocks(file: GGUFFile, spec: ModelSpec, name: str, stored_name: str) ->
 
     None where its type is none of `_BLOCK_TYPES`, or transformers keeps it `[in, out]`.
     """
+    from pagelab.native.packed import Blocks  # which imports torch
+
     tensor = file.tensors[stored_name]
     if tensor.type not in _BLOCK_TYPES or len(tensor.shape) != 2 or _is_conv1d(name):
         return None

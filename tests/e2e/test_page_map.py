@@ -63,6 +63,7 @@ def load(server: RunningServer, clients: int) -> Iterator[None]:
 
 
 def opened(browser: Browser, server: RunningServer, width: int = 1280) -> None:
+    browser.open("about:blank")  # the page of the test before still looks for its server
     browser.errors.clear()
     browser.requests.clear()
     browser.show(width, 900)

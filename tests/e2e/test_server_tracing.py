@@ -33,6 +33,7 @@ from tests.support.toy_server import RunningServer, running
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 URL = "http://127.0.0.1:4318"
+PROMPT = "xyz"  # of letters that the hexadecimal numbers of a span cannot spell by chance
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def post(server: RunningServer, path: str, body: Any, **headers: str) -> int:
 
 
 def complete(server: RunningServer, **options: Any) -> int:
-    body = {"prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True} | options
+    body = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True} | options
     return post(server, "/v1/completions", body)
 
 
@@ -118,7 +119,7 @@ def test_a_request_is_one_span_with_its_figures_and_phases(stream: bool) -> None
         first_after = (prefill.end_time - queue.start_time) / 1e9
         assert found["pagelab.ttft_seconds"] == pytest.approx(first_after, abs=1e-5)
         everything = " ".join(s.to_json() for s in spans.get_finished_spans())
-        assert "abc" not in everything  # no text is told
+        assert PROMPT not in everything  # no text is told
 
 
 def test_a_callers_span_is_the_parent_and_a_bad_header_is_none() -> None:

@@ -2,13 +2,19 @@
 
     python benchmarks/cpu_peers.py --rounds 3 --engines pagelab-int8,pagelab-q4,openvino-gguf
     python benchmarks/cpu_peers.py --peer-python /tmp/peers/bin/python
+    python benchmarks/cpu_peers.py --engines pagelab-int8,openvino-gguf --workloads w2 --busy 1
 
 Every engine lives in a process of its own, loaded once; in each round every engine runs every
 workload once, one engine after the other, so that whatever else the machine does meets all alike.
 Engines that are not installed say so in their row. `--peer-python` names an interpreter with
 `openvino-genai`, `llama-cpp-python` or `transformers`, where they should not share an environment
 with PageLab. All of them run the default model (SmolLM2-135M-Instruct, a GGUF of Q4_1 and Q8_0),
-greedy, end-of-sequence ignored, with as many threads as cores.
+greedy, end-of-sequence ignored, with as many threads as cores. `--openvino fp16=FOLDER,int8=FOLDER`
+adds OpenVINO with the weights that `optimum-cli export openvino --weight-format fp16` wrote there.
+
+`--busy N` runs every workload a second time right after, beside N programs that do nothing but take
+a core each, and prints what is left of the rate. N programs beside a two-thread engine on two cores
+leave it a fair share of 2 / (2 + N).
 
 Workloads: w1, the experiment's lengths (2, 13, 130 and 2 in, 50 out); w2, 32 requests (3,695 in,
 2,489 out); one, a single request (16 in, 100 out); prompt, 512 tokens in and 1 out.
@@ -24,12 +30,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Requests = list[tuple[list[int], int]]
 """(token ids, tokens to generate) of each request."""
+
+Rates = dict[tuple[str, str, bool], list[float]]
+"""Tokens a second, one for each round, by engine, workload, and whether beside busy programs."""
 
 _W2 = (
     "232,65 120,88 149,120 42,92 49,21 57,98 217,124 210,45 217,70 236,72 64,106 18,113 87,57 "
@@ -79,7 +89,7 @@ def pagelab(**options: Any) -> Callable[[str, int], Generate]:
 
 
 def openvino(model: str, threads: int) -> Generate:
-    """OpenVINO GenAI's continuous batching, the GGUF read directly."""
+    """OpenVINO GenAI's continuous batching, of a GGUF or of a folder of exported weights."""
     import numpy as np
     import openvino
     import openvino_genai
@@ -171,7 +181,7 @@ def serve(name: str, model: str, threads: int) -> None:
     """A process's life: load, say so, then run a workload for each line of standard input."""
     started = time.perf_counter()
     try:
-        generate = ENGINES[name](model, threads)
+        generate = ENGINES.get(name, openvino)(model, threads)
     except Exception as error:  # whatever a peer's loading raises is its row's remark
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}), flush=True)
         return
@@ -229,6 +239,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--model", help="The GGUF; without it the default model's.")
+    parser.add_argument("--openvino", default="", metavar="NAME=FOLDER,…", help="Exported weights.")
+    parser.add_argument("--busy", type=int, default=0, help="Programs that take a core each.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,57 +251,93 @@ def main() -> None:
         from pagelab.models.fetch import resolve
 
         options.model = str(resolve(None).path)
-    measure(
-        options.engines.split(","),
-        options.workloads.split(","),
-        options.rounds,
-        lambda name: Engine(
+    exported = dict(pair.split("=", 1) for pair in options.openvino.split(",") if pair)
+    engines = [
+        Engine(
             name,
             sys.executable if name.startswith("pagelab") else options.peer_python,
             options.model,
             options.threads,
-        ),
-        options.json,
-    )
+        )
+        for name in options.engines.split(",")
+    ]
+    engines += [
+        Engine(f"openvino-{name}", options.peer_python, folder, options.threads)
+        for name, folder in exported.items()
+    ]
+    workloads = options.workloads.split(",")
+    rates = measure(engines, workloads, options.rounds, options.busy, options.json)
+    show(engines, workloads, options.rounds, rates)
+    for engine in engines:
+        engine.close()
+
+
+@contextmanager
+def busy(programs: int) -> Iterator[None]:
+    """So many other programs, each of which would like a core of its own."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(programs)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def measure(
-    names: Sequence[str],
+    engines: Sequence[Engine],
     workloads: Sequence[str],
     rounds: int,
-    start: Callable[[str], Engine],
+    programs: int,
     path: Path | None,
-) -> None:
-    """All engines in turn, round by round, and the table."""
-    engines = [start(name) for name in names]
-    rates: dict[tuple[str, str], list[float]] = {}
+) -> Rates:
+    """All engines in turn, round by round."""
+    rates: Rates = {}
     for number in range(rounds + 1):  # the first is not counted
         for workload in workloads:
             for engine in engines:
-                if "error" in engine.first:
-                    continue
-                result = engine.run(workload)
-                if "error" in result:
-                    engine.first = result
-                elif number > 0:
-                    # a prompt's rate is that of its own tokens
-                    tokens = 512 if workload == "prompt" else result["tokens"]
-                    key = (engine.name, workload)
-                    rates.setdefault(key, []).append(tokens / result["s"])
-                    if path is not None:  # what is there so far
-                        found_rates = {" ".join(key): value for key, value in rates.items()}
-                        path.write_text(json.dumps(found_rates, indent=2) + "\n")
-    print(f"tok/s, best (median) of {rounds} rounds")
-    print(f"{'engine':24}" + "".join(f"{workload:>18}" for workload in workloads))
+                for beside in (False, True) if programs else (False,):
+                    if "error" in engine.first:
+                        continue
+                    with busy(programs if beside else 0):
+                        result = engine.run(workload)
+                    if "error" in result:
+                        engine.first = result
+                    elif number > 0:
+                        # a prompt's rate is that of its own tokens
+                        tokens = 512 if workload == "prompt" else result["tokens"]
+                        found = rates.setdefault((engine.name, workload, beside), [])
+                        found.append(tokens / result["s"])
+            if path is not None:  # what is there so far
+                path.write_text(
+                    json.dumps(
+                        [
+                            {"engine": engine, "workload": workload, "busy": beside, "rates": found}
+                            for (engine, workload, beside), found in rates.items()
+                        ],
+                        indent=2,
+                    )
+                    + "\n"
+                )
+    return rates
+
+
+def show(engines: Sequence[Engine], workloads: Sequence[str], rounds: int, rates: Rates) -> None:
+    """The table: a row an engine, with the remark of one that is not here."""
+    compared = any(beside for _, _, beside in rates)
+    print(f"tok/s, best (median) of {rounds} rounds" + (", and what is left beside" * compared))
+    print(f"{'engine':24}" + "".join(f"{workload:>25}" for workload in workloads))
     for engine in engines:
-        cells = [
-            f"{max(found):8.1f} ({statistics.median(found):6.1f})".rjust(18)
-            for workload in workloads
-            if (found := rates.get((engine.name, workload)))
-        ]
+        cells = []
+        for workload in workloads:
+            quiet = rates.get((engine.name, workload, False), [])
+            beside = rates.get((engine.name, workload, True), [])
+            cell = f"{max(quiet):8.1f} ({statistics.median(quiet):6.1f})" if quiet else ""
+            if quiet and beside:
+                cell += f" {statistics.median(beside) / statistics.median(quiet):5.0%}"
+            cells.append(cell.rjust(25))
         remark = engine.first.get("error")
         print(f"{engine.name:24}" + ("".join(cells) if remark is None else f"  not here: {remark}"))
-        engine.close()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ _SETS: dict[str, dict[str, Sequence[str]]] = {
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "baseline": (),
     },
-    "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",), "baseline": ()},
+    "aarch64": {
+        "neon_bf16": ("-march=armv8.2-a+dotprod+bf16",),
+        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
+        "neon": (),
+    },
 }
 
 

@@ -6,8 +6,10 @@
 #include "model.h"
 #include "pool.h"
 
-#if defined(__linux__)
+#if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace pagelab {
@@ -16,9 +18,10 @@ namespace pagelab {
 extern const Isa isa_avx512_vnni, isa_avx512, isa_avx2;
 #endif
 #if defined(__aarch64__)
-extern const Isa isa_neon_dotprod;
-#endif
+extern const Isa isa_neon_bf16, isa_neon_dotprod, isa_neon;
+#else
 extern const Isa isa_baseline;
+#endif
 
 namespace {
 
@@ -28,11 +31,22 @@ struct Choice {
 };
 
 #if defined(__aarch64__)
-bool has_dotprod() {
-#if defined(__APPLE__)
-  return true;
+struct Features {
+  bool dotprod, bf16;
+};
+
+Features features() {
+#if defined(__linux__)  // the bits of <asm/hwcap.h>, which old systems lack
+  return {(getauxval(AT_HWCAP) >> 20 & 1) != 0, (getauxval(AT_HWCAP2) >> 14 & 1) != 0};
+#elif defined(__APPLE__)
+  const auto has = [](const char* name) {
+    int value = 0;
+    std::size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_BF16")};
 #else
-  return (getauxval(AT_HWCAP) & (1u << 20)) != 0;
+  return {false, false};
 #endif
 }
 #endif
@@ -51,7 +65,10 @@ const Choice* choices(int* count) {
   static const Choice all[] = {
       {&isa_avx512_vnni, vnni}, {&isa_avx512, avx512}, {&isa_avx2, avx2}, {&isa_baseline, true}};
 #elif defined(__aarch64__)
-  static const Choice all[] = {{&isa_neon_dotprod, has_dotprod()}, {&isa_baseline, true}};
+  const Features has = features();
+  static const Choice all[] = {{&isa_neon_bf16, has.dotprod && has.bf16},
+                               {&isa_neon_dotprod, has.dotprod},
+                               {&isa_neon, true}};
 #else
   static const Choice all[] = {{&isa_baseline, true}};
 #endif

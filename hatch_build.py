@@ -39,7 +39,11 @@ _SETS: dict[str, dict[str, Sequence[str]]] = {
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "baseline": (),
     },
-    "aarch64": {"neon_dotprod": ("-march=armv8.2-a+dotprod",), "baseline": ()},
+    "aarch64": {
+        "neon_bf16": ("-march=armv8.2-a+dotprod+bf16",),
+        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
+        "neon": (),
+    },
 }
 
 
@@ -85,8 +89,10 @@ def _compile(root: Path) -> str | None:
     if compiler is None or os.name != "posix":
         return "no C++ compiler (g++ or clang++; or set CXX)"
     machine = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    if machine != "x86_64" and os.environ.get("PAGELAB_COMPILE") != "1":
-        return f"it has not been tried on {machine} yet (PAGELAB_COMPILE=1 compiles it anyway)"
+    tried = sys.platform == "linux" and machine in _SETS
+    if not tried and os.environ.get("PAGELAB_COMPILE") != "1":
+        where = f"{platform.system()} on {platform.machine()}"
+        return f"it has not been tried with {where} (PAGELAB_COMPILE=1 compiles it anyway)"
     sets = _SETS.get(machine, {"baseline": ()})
     source = root / FOLDER / "csrc"
     with tempfile.TemporaryDirectory() as made:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,3 +127,50 @@ def test_without_a_compiler_the_build_goes_on(
     monkeypatch.setenv("PAGELAB_COMPILE", "1")
     with pytest.raises(RuntimeError, match="the extension was not compiled"):
         hook().compile_extension(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine"), [("darwin", "arm64"), ("linux", "riscv64"), ("freebsd14", "x86_64")]
+)
+def test_where_it_has_not_been_tried_it_is_left_out(
+    system: str,
+    machine: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.delenv("PAGELAB_COMPILE", raising=False)
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert hook().compile_extension(tmp_path) is False
+    assert "it has not been tried" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_wheel_is_of_its_platform_only_with_the_extension_in_it(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = hook()
+    monkeypatch.setattr(module, "compile_extension", lambda root: compiled)
+    monkeypatch.setattr("sysconfig.get_platform", lambda: "linux-aarch64")
+    building = SimpleNamespace(target_name="wheel", root=".")
+    data: dict[str, Any] = {"artifacts": []}
+    module.CustomBuildHook.initialize(building, "standard", data)
+    assert data == (
+        {
+            "artifacts": ["src/pagelab/native/_pagelab.so"],
+            "pure_python": False,
+            "tag": "py3-none-linux_aarch64",
+        }
+        if compiled
+        else {"artifacts": []}
+    )
+
+
+@needs_it
+def test_the_instruction_sets_are_those_of_the_machine_the_plainest_last() -> None:
+    known = list(hook()._SETS[{"arm64": "aarch64"}.get(platform.machine(), platform.machine())])
+    here = list(instruction_sets())
+    assert here == [name for name in known if name in here]
+    assert here[-1] == known[-1]

@@ -6,8 +6,12 @@
 #include "model.h"
 #include "pool.h"
 
-#if defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace pagelab {
@@ -16,9 +20,10 @@ namespace pagelab {
 extern const Isa isa_avx512_vnni, isa_avx512, isa_avx2;
 #endif
 #if defined(__aarch64__)
-extern const Isa isa_neon_dotprod;
-#endif
+extern const Isa isa_neon_bf16, isa_neon_dotprod, isa_neon;
+#else
 extern const Isa isa_baseline;
+#endif
 
 namespace {
 
@@ -28,12 +33,30 @@ struct Choice {
 };
 
 #if defined(__aarch64__)
-bool has_dotprod() {
-#if defined(__APPLE__)
-  return true;
+struct Features {
+  bool dotprod, bf16;
+};
+
+Features features() {
+#if defined(__linux__)  // the bits of <asm/hwcap.h>, which old systems lack
+  return {(getauxval(AT_HWCAP) >> 20 & 1) != 0, (getauxval(AT_HWCAP2) >> 14 & 1) != 0};
+#elif defined(__APPLE__)
+  const auto has = [](const char* name) {
+    int value = 0;
+    std::size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_BF16")};
 #else
-  return (getauxval(AT_HWCAP) & (1u << 20)) != 0;
+  return {false, false};
 #endif
+}
+#endif
+
+#if defined(__x86_64__)
+bool has_f16c() {  // clang's __builtin_cpu_supports does not know it
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 #endif
 
@@ -42,7 +65,7 @@ const Choice* choices(int* count) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+                    has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
@@ -51,7 +74,10 @@ const Choice* choices(int* count) {
   static const Choice all[] = {
       {&isa_avx512_vnni, vnni}, {&isa_avx512, avx512}, {&isa_avx2, avx2}, {&isa_baseline, true}};
 #elif defined(__aarch64__)
-  static const Choice all[] = {{&isa_neon_dotprod, has_dotprod()}, {&isa_baseline, true}};
+  const Features has = features();
+  static const Choice all[] = {{&isa_neon_bf16, has.dotprod && has.bf16},
+                               {&isa_neon_dotprod, has.dotprod},
+                               {&isa_neon, true}};
 #else
   static const Choice all[] = {{&isa_baseline, true}};
 #endif

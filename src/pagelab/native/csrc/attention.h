@@ -37,7 +37,7 @@ INLINE vf load_kv(const uint8_t* p, int i) {
   return load(reinterpret_cast<const float*>(p) + i);
 }
 
-// The sums of 16 vectors, in their order: a tree of shuffles where there are 16 lanes.
+// The sums of 16 vectors, in their order: a tree of shuffles with AVX-512, of pairs with NEON.
 INLINE void sums_of_16(const vf (&x)[16], float* out) {
 #if defined(__AVX512F__)
   __m512d pairs[8];
@@ -57,6 +57,12 @@ INLINE void sums_of_16(const vf (&x)[16], float* out) {
                                     _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
   store(out, (vf)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
                                _mm512_shuffle_f32x4(low, high, 0xdd)));
+#elif defined(__aarch64__)
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    const float32x4_t low = vpaddq_f32((float32x4_t)x[i], (float32x4_t)x[i + 1]);
+    const float32x4_t high = vpaddq_f32((float32x4_t)x[i + 2], (float32x4_t)x[i + 3]);
+    store(out + i, (vf)vpaddq_f32(low, high));
+  }
 #else
   UNROLL for (int i = 0; i < 16; ++i) out[i] = sum(x[i]);
 #endif

@@ -9,7 +9,8 @@
 namespace pagelab {
 namespace {
 
-// Rows of a tile at most, by the registers there are.
+// Rows of a tile at most, by the registers there are: 14 x 2 of AVX-512's 32, 3 x 4 of AVX2's 16,
+// 3 x 8 of NEON's 32 hold sums, and the others a panel's column and the rows' numbers.
 constexpr int kFloatRows = VF == 16 ? 14 : 3;
 constexpr int kByteRows = VF == 16 ? 6 : 2;
 
@@ -53,6 +54,8 @@ static void tile_f32(const uint8_t* rows, int64_t stride, const uint8_t* panel, 
 INLINE vf dot_bf16(vf acc, vi w, int32_t x) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (vf)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)w, (bfloat16x8_t)vdupq_n_s32(x));
 #else
   const vf low = (vf)(w << 16), high = (vf)(w & splat_i(static_cast<int32_t>(0xffff0000u)));
   acc += low * splat(from_bf16(static_cast<uint16_t>(x)));
@@ -75,16 +78,27 @@ static void tile_bf16(const uint8_t* rows, int64_t stride, const uint8_t* panel,
   finish<MR>(acc, out, bias);
 }
 
-// acc + the products of four bytes each: w unsigned, x signed.
+// ARM multiplies signed bytes, x86 unsigned ones by signed ones. A weight is stored 128 too large:
+// a signed byte with its upper bit turned, or an unsigned one whose sum is 128 times x's too large.
+#if defined(__aarch64__)
+constexpr int kTurn = static_cast<int>(0x80808080u), kExcess = 0;
+#else
+constexpr int kTurn = 0, kExcess = 128;
+#endif
+
+// acc + the products of four bytes each: w of the sign above, x signed.
 INLINE vi dot_bytes(vi acc, vi w, int32_t x) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-  // w - 128 is w with its upper bit turned, a signed byte; 128 times the sum of x comes on top
-  const int8x16_t signed_w = vreinterpretq_s8_s32(veorq_s32((int32x4_t)w, vdupq_n_s32(0x80808080)));
-  const int8x16_t signed_x = vreinterpretq_s8_s32(vdupq_n_s32(x));
-  const int32x4_t sums = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), signed_x);
-  return (vi)vdotq_s32(vaddq_s32((int32x4_t)acc, vshlq_n_s32(sums, 7)), signed_w, signed_x);
+#elif defined(__aarch64__)
+  const int8x16_t ws = vreinterpretq_s8_s32((int32x4_t)w), xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
+#if defined(__ARM_FEATURE_DOTPROD)
+  return (vi)vdotq_s32((int32x4_t)acc, ws, xs);
+#else
+  // two products fit 16 bits: x is -127 at least
+  const int16x8_t low = vmull_s8(vget_low_s8(ws), vget_low_s8(xs)), high = vmull_high_s8(ws, xs);
+  return (vi)vpadalq_s16((int32x4_t)acc, vpaddq_s16(low, high));
+#endif
 #elif defined(__AVX512BW__) || defined(__AVX2__) || defined(__SSE2__)
   const vi even = w & 0x00ff00ff, odd = (vi)((vu)w >> 8) & 0x00ff00ff;
   const vi xs = splat_i(x);
@@ -120,7 +134,9 @@ INLINE void dot_group(vi (&acc)[MR][NV], const uint8_t* bytes, const uint8_t* ro
                       int64_t stride) {
   UNROLL for (int i = 0; i < kGroup / 4; ++i) {
     vi column[NV];
-    UNROLL for (int v = 0; v < NV; ++v) column[v] = load_i(bytes + (i * kPanel + v * VF) * 4);
+    UNROLL for (int v = 0; v < NV; ++v) {
+      column[v] = load_i(bytes + (i * kPanel + v * VF) * 4) ^ kTurn;
+    }
     UNROLL for (int r = 0; r < MR; ++r) {
       const int32_t x = reinterpret_cast<const i32_any*>(rows + r * stride)[i];
       UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = dot_bytes(acc[r][v], column[v], x);
@@ -137,8 +153,8 @@ static void tile_int8(const Rows& a, int row, const uint8_t* panel, const float*
   const int64_t first = static_cast<int64_t>(row) * a.groups;
   for (int g = 0; g < a.groups; ++g, panel += kGroup * kPanel) {
     vi whole[MR][NV];
-    UNROLL for (int r = 0; r < MR; ++r) {  // the weights are stored 128 too large
-      const vi start = splat_i(a.total[first + static_cast<int64_t>(r) * a.groups + g] * -128);
+    UNROLL for (int r = 0; r < MR; ++r) {
+      const vi start = splat_i(a.total[first + static_cast<int64_t>(r) * a.groups + g] * -kExcess);
       UNROLL for (int v = 0; v < NV; ++v) whole[r][v] = start;
     }
     dot_group<MR>(whole, panel, rows + g * kGroup, a.stride);
@@ -164,7 +180,7 @@ static void tile_q8(const Rows& a, int row, const uint8_t* panel, const float* b
   for (int g = 0; g < a.groups; ++g, panel += kBytes + 2 * kPanel) {
     vi whole[MR][NV];
     UNROLL for (int r = 0; r < MR; ++r) {
-      const vi start = splat_i(a.total[first + static_cast<int64_t>(r) * a.groups + g] * -128);
+      const vi start = splat_i(a.total[first + static_cast<int64_t>(r) * a.groups + g] * -kExcess);
       UNROLL for (int v = 0; v < NV; ++v) whole[r][v] = start;
     }
     dot_group<MR>(whole, panel, rows + g * kGroup, a.stride);

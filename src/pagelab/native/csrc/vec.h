@@ -63,6 +63,8 @@ INLINE int most(int a, int b) { return a > b ? a : b; }
 INLINE float sum(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__aarch64__)
+  return vaddvq_f32((float32x4_t)x);
 #endif
   float total = 0;
   UNROLL for (int i = 0; i < VF; ++i) total += x[i];
@@ -71,6 +73,8 @@ INLINE float sum(vf x) {
 INLINE float largest(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__aarch64__)
+  return vmaxvq_f32((float32x4_t)x);
 #endif
   float best = x[0];
   UNROLL for (int i = 1; i < VF; ++i) best = x[i] > best ? x[i] : best;
@@ -97,8 +101,12 @@ INLINE vf load_bf16(const uint16_t* p) {
 INLINE void store_bf16(uint16_t* p, vf x) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  vst1_bf16(reinterpret_cast<__bf16*>(p), vcvt_bf16_f32((float32x4_t)x));
 #else
-  UNROLL for (int i = 0; i < VF; ++i) p[i] = to_bf16(x[i]);
+  const vu bits = (vu)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  const vu quiet = (bits >> 16) | 0x40;  // of what is no number
+  *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(x == x ? rounded : quiet, vh);
 #endif
 }
 
@@ -120,6 +128,8 @@ INLINE vf load_half(const uint16_t* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
   vf x;
   UNROLL for (int i = 0; i < VF; ++i) x[i] = from_half(p[i]);

@@ -101,7 +101,8 @@ def _settings(record: Record) -> Table:
             f"{engine['max_num_batched_tokens']:,} tokens a step, length "
             f"{engine['max_model_len']:,}, {engine['max_steps_in_flight']} steps in flight, "
             f"attention {engine['attention']}"
-            + (f", {engine['quantization']} weights" if engine.get("quantization") else ""),
+            + (f", {engine['quantization']} weights" if engine.get("quantization") else "")
+            + (f", {kv} K/V" if (kv := engine.get("kv_dtype")) == "int8" else ""),
         ),
         ("workload", f"{record['workload']['name']}: {record['workload']['title']}; {when}"),
         (

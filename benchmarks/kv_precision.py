@@ -24,7 +24,8 @@ def measure(llm: LLM, requests: int, context: int, tokens: int) -> tuple[float, 
     params = SamplingParams(max_tokens=tokens + 1, temperature=0, ignore_eos=True)
     for _ in range(requests):
         llm.core.add_request([draw.randrange(1000, 40000) for _ in range(context)], params)
-    started, began = time.perf_counter(), set()
+    started = time.perf_counter()
+    began: set[object] = set()
     while len(began) < requests:  # until each has its first token
         began.update(event.sequence.id for event in llm.core.step())
     prompts = time.perf_counter() - started
@@ -41,7 +42,7 @@ def measure(llm: LLM, requests: int, context: int, tokens: int) -> tuple[float, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--context", type=int, default=1500)
     parser.add_argument("--tokens", type=int, default=40)

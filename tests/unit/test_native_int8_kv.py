@@ -75,8 +75,13 @@ def test_attention_equals_the_oracle_on_the_values_that_are_stored(
 
 
 def engine(**options: Any) -> LLM:
-    options = {"model": str(tiny_model("llama")), "kv_memory": "4MiB", "device": "cpu"} | options
-    return LLM(options.pop("model"), **({"kv_cache_dtype": "int8"} | options))
+    defaults: dict[str, Any] = {
+        "model": str(tiny_model("llama")),
+        "kv_memory": "4MiB",
+        "device": "cpu",
+        "kv_cache_dtype": "int8",
+    }
+    return LLM(**(defaults | options))
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

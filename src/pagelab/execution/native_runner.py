@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Work:
         keys: tokens in the cache of each step's sequences, this step's among them.
         pairs: of a query and a key that it sees.
         sampled: rows of the head.
+        head_steps: steps that have such rows.
     """
 
     steps: int = 0
@@ -39,6 +40,7 @@ class Work:
     keys: int = 0
     pairs: int = 0
     sampled: int = 0
+    head_steps: int = 0
 
     def add(self, queries: Sequence[int], keys: Sequence[int], sampled: int) -> None:
         """A step whose sequences bring `queries` new tokens each and then have `keys`."""
@@ -48,6 +50,11 @@ class Work:
         # the last of q queries sees all k keys, the one before it one less, ...
         self.pairs += sum(q * k - q * (q - 1) // 2 for q, k in zip(queries, keys, strict=True))
         self.sampled += sampled
+        self.head_steps += sampled > 0
+
+    def since(self, before: Work) -> Work:
+        """What came after `before`, an earlier copy."""
+        return Work(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
 
 
 class NativeRunner:

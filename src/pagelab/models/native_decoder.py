@@ -73,7 +73,9 @@ class NativeDecoder:
     Attributes:
         model: the C structure; valid as long as this object.
         weight_bytes: of packed matrices.
-        embedding: the table of tokens; the head too where they are tied.
+        kind: of the layers' matrices that were packed from floats.
+        embedding: the table of tokens.
+        head: what the last hidden state is multiplied by: the same where they are tied.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class NativeDecoder:
         self._weights, self._kinds = weights, _kinds(dtype, quantization)
         self._keep: list[Any] = []  # whatever the C structures point to
         self.weight_bytes = 0
+        self.kind = self._kinds.matrix
         gpt2 = spec.architecture == "gpt2"
         base = "transformer.wte" if gpt2 else "model.embed_tokens"
         embedding = self._packed([base], bias=False, kind=self._kinds.table)
@@ -96,6 +99,7 @@ class NativeDecoder:
         head = embedding
         if not spec.tied_embeddings:
             head = self._packed(["lm_head"], bias=False, kind=self._kinds.table)
+        self.head: PackedLinear = self._keep[-1]
         build = self._gpt2_layer if gpt2 else self._llama_layer
         self._layers = (CLayer * spec.num_layers)(*(build(i) for i in range(spec.num_layers)))
         model = CModel(

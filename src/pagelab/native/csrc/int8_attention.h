@@ -118,35 +118,33 @@ static void find_keys(const Cache& c, int start, int count, uint8_t* k, uint8_t*
   for (int key = count; key < kKeys; ++key) t->k_scales[key] = t->v_scales[key] = 0;
 }
 
-// A tile's bytes come from memory while the one before it is worked on.
-static void fetch_keys(const Cache& c, int start, int count) {
+// Bytes of a tile's keys (`base` is K's or V's) come from memory while something else is done.
+static void fetch_keys(const Cache& c, const uint8_t* base, int start, int last) {
   if (c.block_size > kKeys) return;
   const int block_bytes = c.block_size * (c.head_dim + static_cast<int>(sizeof(float)));
-  for (int key = start; key < start + count; key += c.block_size) {
-    const int64_t place = block_place(c, key);
-    for (int i = 0; i < block_bytes; i += 64) {
-      __builtin_prefetch(c.k + place + i);
-      __builtin_prefetch(c.v + place + i);
-    }
+  for (int key = start; key < least(last, start + kKeys); key += c.block_size) {
+    const uint8_t* const block = base + block_place(c, key);
+    for (int i = 0; i < block_bytes; i += 64) __builtin_prefetch(block + i);
   }
 }
 
-// Whole numbers of a row, 4 at a time as the two words that a vector of four bytes is multiplied
-// by: word i of the first half and word i of the second. Either high and low bytes, the number
-// being 128 * high + low, or numbers 0 and 2, and 1 and 3, in 16 bits each.
-INLINE void store_wide(uint8_t* to, int n, int i, vi whole) {
-  if constexpr (kSums == 2) {
-    const vi high = (whole + 64) >> 7;
-    store_bytes(to + i, high);
-    store_bytes(to + n + i, whole - (high << 7));
-  } else {
-    i32_any* const first = reinterpret_cast<i32_any*>(to + i);
-    i32_any* const second = reinterpret_cast<i32_any*>(to + n + i);
-    UNROLL for (int j = 0; j < VF; j += 4) {
-      first[j / 4] = (whole[j] & 0xffff) | whole[j + 2] << 16;
-      second[j / 4] = (whole[j + 1] & 0xffff) | whole[j + 3] << 16;
-    }
+// Whole numbers of a row, four at a time as the two words that a vector of four bytes is multiplied
+// by: either their high and their low bytes, a number being 128 * high + low, or numbers 0 and 2,
+// and 1 and 3, in 16 bits each. `to` takes 2 VF bytes.
+INLINE void store_wide(uint8_t* to, vi whole) {
+#if defined(__AVX512VNNI__)
+  const vi high = (whole + 64) >> 7;
+  const __m128i highs = _mm512_cvtepi32_epi8((__m512i)high);
+  const __m128i lows = _mm512_cvtepi32_epi8((__m512i)(whole - (high << 7)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(highs, lows));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + 1, _mm_unpackhi_epi32(highs, lows));
+#else
+  i32_any* const words = reinterpret_cast<i32_any*>(to);
+  UNROLL for (int i = 0; i < VF; i += 4) {
+    words[i / 2] = (whole[i] & 0xffff) | whole[i + 2] << 16;
+    words[i / 2 + 1] = (whole[i + 1] & 0xffff) | whole[i + 3] << 16;
   }
+#endif
 }
 
 // The products of four bytes a lane (unsigned) and the four numbers of two words.
@@ -168,13 +166,13 @@ INLINE vf sum_of(const vi (&acc)[kSums], int32_t total) {
 }
 
 struct WideRows {
-  uint8_t* data;  // [rows, 2 n]
+  uint8_t* data;  // [rows, n / 4, 2 words]
   int n;
   float* step;     // [rows]
   int32_t* total;  // [rows]
 
-  int32_t word(int row, int half, int i) const {
-    return reinterpret_cast<const i32_any*>(data + (static_cast<int64_t>(row) * 2 + half) * n)[i];
+  const i32_any* words(int row) const {
+    return reinterpret_cast<const i32_any*>(data + static_cast<int64_t>(row) * 2 * n);
   }
 };
 
@@ -187,7 +185,7 @@ static void set_wide(const WideRows& rows, int row, const float* x) {
   for (int i = 0; i < rows.n; i += VF) {
     const vi whole = nearest(load(x + i) * inverse);
     sums += whole;
-    store_wide(to, rows.n, i, whole);
+    store_wide(to + 2 * i, whole);
   }
   int32_t total = 0;
   UNROLL for (int i = 0; i < VF; ++i) total += sums[i];
@@ -203,12 +201,14 @@ INLINE void score_bytes(const ByteTile& t, int group, const WideRows& q, int row
   UNROLL for (int v = 0; v < NV; ++v) {
     k[v] = t.k[group + v * VF / kLanes] + v * VF % kLanes * 4;
   }
+  const i32_any* words[MR];
+  UNROLL for (int r = 0; r < MR; ++r) words[r] = q.words(row + r);
   for (int i = 0; i < q.n / 4; ++i) {
     vi own[NV];
     UNROLL for (int v = 0; v < NV; ++v) own[v] = load_i(k[v] + i * t.k_stride);
     UNROLL for (int r = 0; r < MR; ++r) {
-      const int32_t first = q.word(row + r, 0, i), second = q.word(row + r, 1, i);
-      UNROLL for (int v = 0; v < NV; ++v) add_four(acc[r][v], own[v], first, second);
+      const int32_t one = words[r][2 * i], two = words[r][2 * i + 1];
+      UNROLL for (int v = 0; v < NV; ++v) add_four(acc[r][v], own[v], one, two);
     }
   }
   UNROLL for (int r = 0; r < MR; ++r) {
@@ -224,13 +224,17 @@ INLINE void score_bytes(const ByteTile& t, int group, const WideRows& q, int row
 template <int MR, int DV>
 INLINE void add_bytes(const ByteTile& t, const WideRows& p, int row, int first, int D, float* o) {
   vi acc[MR][DV][kSums] = {};
-  for (int four = 0; four < t.groups * kLanes / 4; ++four) {
-    const uint8_t* const v = t.v[four * 4 / kLanes] + (four % (kLanes / 4) * D + first) * 4;
-    vi own[DV];
-    UNROLL for (int i = 0; i < DV; ++i) own[i] = load_i(v + i * VF * 4);
-    UNROLL for (int r = 0; r < MR; ++r) {
-      const int32_t one = p.word(row + r, 0, four), two = p.word(row + r, 1, four);
-      UNROLL for (int i = 0; i < DV; ++i) add_four(acc[r][i], own[i], one, two);
+  const i32_any* words[MR];
+  UNROLL for (int r = 0; r < MR; ++r) words[r] = p.words(row + r);
+  for (int group = 0, four = 0; group < t.groups; ++group) {
+    const uint8_t* v = t.v[group] + first * 4;
+    UNROLL for (int j = 0; j < kLanes / 4; ++j, ++four, v += D * 4) {
+      vi own[DV];
+      UNROLL for (int i = 0; i < DV; ++i) own[i] = load_i(v + i * VF * 4);
+      UNROLL for (int r = 0; r < MR; ++r) {
+        const int32_t one = words[r][2 * four], two = words[r][2 * four + 1];
+        UNROLL for (int i = 0; i < DV; ++i) add_four(acc[r][i], own[i], one, two);
+      }
     }
   }
   UNROLL for (int r = 0; r < MR; ++r) {
@@ -271,12 +275,12 @@ static void over_bytes(const Cache& cache, const float* q, int64_t stride, int q
     set_wide(wide_q, row, q + row / heads * stride + row % heads * D);
   }
   memset(s.o, 0, static_cast<size_t>(rows) * D * 4);
-  fetch_keys(cache, first, least(kKeys, last - first));
+  fetch_keys(cache, cache.k, first, last);
   for (int start = first; start < last; start += kKeys) {
     const int count = least(kKeys, last - start);
+    fetch_keys(cache, cache.v, start, last);
     ByteTile tile;
     find_keys(cache, start, count, s.k, s.v, &tile);
-    if (start + kKeys < last) fetch_keys(cache, start + kKeys, least(kKeys, last - start - kKeys));
     // rows that see none of these keys (their positions are before the tile) are left out
     const int from = most(0, start - position) * heads;
     for (int row = from; row < rows; row += kWideRows) {
@@ -295,6 +299,7 @@ static void over_bytes(const Cache& cache, const float* q, int64_t stride, int q
       }
       set_wide(wide_p, row, scores);
     }
+    fetch_keys(cache, cache.k, start + kKeys, last);
     for (int row = from; row < rows; row += kWideRows) {
       add_rows<kWideRows>(tile, wide_p, row, least(kWideRows, rows - row), D, s.o);
     }

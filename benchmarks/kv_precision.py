@@ -21,7 +21,9 @@ from pagelab.types import SamplingParams
 def measure(llm: LLM, requests: int, context: int, tokens: int) -> tuple[float, float, float]:
     """Seconds of the prompts; milliseconds of a decode step, and of its attention."""
     draw = random.Random(context)
-    params = SamplingParams(max_tokens=tokens + 1, temperature=0, ignore_eos=True)
+    # the first requests generate while the last ones' prompts are computed: they must not end then
+    meanwhile = 2 * requests * context // llm.core.scheduler.config.max_num_batched_tokens
+    params = SamplingParams(max_tokens=meanwhile + tokens + 2, temperature=0, ignore_eos=True)
     for _ in range(requests):
         llm.core.add_request([draw.randrange(1000, 40000) for _ in range(context)], params)
     started = time.perf_counter()
@@ -30,14 +32,15 @@ def measure(llm: LLM, requests: int, context: int, tokens: int) -> tuple[float, 
         began.update(event.sequence.id for event in llm.core.step())
     prompts = time.perf_counter() - started
     steps, attention = [], []
-    while llm.core.has_unfinished_requests:
+    for _ in range(tokens):
         before = llm.core.runner.seconds_by_part()["attention"]  # type: ignore[attr-defined]
         started = time.perf_counter()
-        llm.core.step()
+        assert len(llm.core.step()) == requests, "all of them generate"
         steps.append(time.perf_counter() - started)
         after = llm.core.runner.seconds_by_part()["attention"]  # type: ignore[attr-defined]
         attention.append(after - before)
-    # the requests of the last prompts are a few tokens behind: the middle steps have all of them
+    while llm.core.has_unfinished_requests:
+        llm.core.step()
     return prompts, 1e3 * statistics.median(steps), 1e3 * statistics.median(attention)
 
 

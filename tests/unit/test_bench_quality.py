@@ -47,5 +47,12 @@ def test_float32_equals_itself_and_lower_precision_is_near() -> None:
     assert abs(exact.divergence) < 1e-6
     assert bfloat16.top1_agreement > 0.9
     assert bfloat16.divergence < int8.divergence < q4.divergence < 1.0
+    kept = bench_quality(
+        str(tiny_model("llama")), ["float32"], window=50, token_ids=ids, kv_cache_dtype="int8"
+    )
+    plain, small = kept
+    assert plain == exact
+    assert small.precision == "float32, int8 K/V"
+    assert 0 < small.divergence < int8.divergence, "K/V costs less than weights"
     with pytest.raises(ConfigError, match="no precision 'int2'"):
         next(bench_quality(None, ["int2"]))

@@ -68,6 +68,7 @@ def test_what_is_given_reaches_the_engine_and_the_rest_is_left_to_it(
         "cuda_graphs": True,
         "batch_invariant": False,
         "attention": "auto",
+        "kv_cache_dtype": "auto",
         "allocator": "paged",
     }
     generated(

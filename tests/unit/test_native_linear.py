@@ -63,6 +63,23 @@ def test_a_files_blocks_are_taken_over_exactly(
     assert torch.equal(floats(threads, x), values(threads, x)), "the same values to the bit"
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
+def test_products_of_blocks_are_within_their_inputs_rounding(
+    name: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 1/127 of a group's peak (2.3 deviations of 32 normal numbers on average, 4 seldom)
+    is off by 1/sqrt(12) of itself at random: 0.5 to 0.9 % of a deviation."""
+    threads = Threads(extension(isa, monkeypatch), 2)
+    torch.manual_seed(0)
+    kind = gguf.GGMLQuantizationType[name]
+    data = gguf.quantize((torch.randn(96, 640) * 0.05).numpy(), kind)
+    packed = PackedLinear(threads, Blocks(int(kind), data, 640).kind, Blocks(int(kind), data, 640))
+    x = torch.randn(50, 640)
+    want = x.double() @ torch.from_numpy(gguf.dequantize(data, kind)).double().T
+    assert float((packed(threads, x) - want).norm() / want.norm()) < 0.009
+
+
 def test_a_group_of_zeros_and_a_huge_number_stay_what_they_are() -> None:
     found = native()
     assert found is not None

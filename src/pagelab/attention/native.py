@@ -18,10 +18,14 @@ from pagelab.attention.base import Span
 from pagelab.errors import ConfigError
 from pagelab.native.library import native
 from pagelab.native.packed import Threads
-from pagelab.native.structures import KV_BFLOAT16, KV_FLOAT32, CModel, CStep
+from pagelab.native.structures import KV_TYPES, CModel, CStep
 from pagelab.telemetry import available_cores
 
-_TYPES = {torch.float32: KV_FLOAT32, torch.bfloat16: KV_BFLOAT16}
+_TYPES = {
+    torch.float32: KV_TYPES["float32"],
+    torch.bfloat16: KV_TYPES["bfloat16"],
+    torch.uint8: KV_TYPES["int8"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class NativePlan:
 
 
 class NativeAttention:
-    """See the module. Float32 and bfloat16, heads of a multiple of 16.
+    """See the module. Caches in float32, bfloat16 or int8 (`execution.kv_cache` has the layout),
+    heads of a multiple of 16.
 
     Args:
         threads: to use; None: one for each core of this process.

@@ -75,15 +75,17 @@ def reference_time(
     ceilings: Ceilings,
     *,
     concurrency: int | None = None,
+    kv_dtype: str | None = None,
 ) -> ReferenceTime:
     """The reference of a workload.
 
     Args:
         spec: of the model.
-        dtype: of weights and K/V.
+        dtype: of weights.
         lengths: (tokens in, tokens out) of each request.
         ceilings: of the machine.
         concurrency: requests that run at the same time at most; None: all.
+        kv_dtype: of K/V; None: `dtype`.
     """
     parameters = count_parameters(dimensions_of(spec))
     layers = parameters.sharded + parameters.kv
@@ -99,7 +101,7 @@ def reference_time(
     prompt_flops = 2 * layers * tokens_in + attention * prompt_pairs + 2 * head * len(lengths)
     decode_flops = 2 * (layers + head) * tokens_out + attention * decode_pairs
     weight_bytes = parameters.read_by_a_step(1, spec.num_kv_heads) * DTYPE_BYTES[dtype]
-    kv_bytes = spec.kv_layout(dtype, 1).bytes_per_token * decode_pairs
+    kv_bytes = spec.kv_layout(kv_dtype or dtype, 1).bytes_per_token * decode_pairs
     return ReferenceTime(
         prompt_s=prompt_flops / ceilings.flops_per_s,
         weights_s=steps * weight_bytes / ceilings.bytes_per_s,

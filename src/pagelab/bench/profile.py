@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pagelab.bench.native_parts import NativePart, native_parts
 from pagelab.bench.run import WorkloadRunner
 from pagelab.errors import ReportError
 
 if TYPE_CHECKING:
     import torch
+
+    from pagelab.execution.native_runner import NativeRunner, Work
 
 STEPS = {"cuda": 20, "cpu": 6}
 """Steps that are profiled by the kind of device, at most; of a shorter run, half of it. Reading
@@ -94,6 +97,7 @@ class StepProfile:
         of: `kernels` of a GPU, or `operations` of a CPU, whose own time is counted.
         operations: the longest first.
         trace: the file for Perfetto.
+        native: the compiled extension's parts with what they had to do; empty where it did not run.
     """
 
     steps: int
@@ -102,6 +106,7 @@ class StepProfile:
     of: str
     operations: tuple[Operation, ...]
     trace: str
+    native: tuple[NativePart, ...] = ()
 
     @property
     def parts(self) -> list[Operation]:
@@ -123,6 +128,7 @@ class StepProfile:
         """As plain data."""
         data = dataclasses.asdict(self)
         data["operations"] = [operation._asdict() for operation in self.operations]
+        data["native"] = [part._asdict() for part in self.native]
         data["parts"] = [
             part._asdict() | {"share": part.seconds / self.seconds} for part in self.parts
         ]
@@ -163,7 +169,7 @@ def profile_steps(
         while runner.steps < first and not runner.finished:
             runner.step()
         _wait(device)
-        before = _native_seconds(runner)
+        before, work = _native_seconds(runner), _native_work(runner)
         with profile(activities=activities) as profiler:
             started = time.perf_counter()
             first, done = runner.steps, 0
@@ -172,7 +178,13 @@ def profile_steps(
                 done += 1
             _wait(device)
             seconds = time.perf_counter() - started
-        native = _native_operations(before, _native_seconds(runner), done)
+        after = _native_seconds(runner)
+        native = _native_operations(before, after, done)
+        parts: tuple[NativePart, ...] = ()
+        if work is not None:
+            own: NativeRunner = runner.core.runner  # type: ignore[assignment]
+            took = {part: after[part] - before[part] for part in after}
+            parts = native_parts(own, took, own.work.since(work))
         while not runner.finished:
             runner.step()
     try:
@@ -186,6 +198,7 @@ def profile_steps(
         of="kernels" if on_gpu else "operations",
         operations=tuple(native + _operations(profiler.key_averages(), on_gpu)),
         trace=str(path),
+        native=parts,
     )
 
 
@@ -193,6 +206,12 @@ def _native_seconds(runner: WorkloadRunner) -> dict[str, float]:
     """What the compiled extension counts; empty where another runner runs."""
     count = getattr(runner.core.runner, "seconds_by_part", None)
     return {} if count is None else count()
+
+
+def _native_work(runner: WorkloadRunner) -> Work | None:
+    """A copy of what the extension's steps had to do so far; None where another runner runs."""
+    work: Work | None = getattr(runner.core.runner, "work", None)
+    return None if work is None else dataclasses.replace(work)
 
 
 def _native_operations(

@@ -88,6 +88,7 @@ def bench_quality(
     window: int = 512,
     max_tokens: int | None = None,
     token_ids: Sequence[int] | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Iterator[Quality]:
     """Measure precisions one after the other, float32 first; only one model is loaded at a time.
 
@@ -97,6 +98,8 @@ def bench_quality(
         window: tokens of a window.
         max_tokens: of the text; None: all of it.
         token_ids: another text.
+        kv_cache_dtype: as `LLM`'s, for the precisions: what they are compared with, float32, keeps
+            K/V in float32. With `int8`, float32 itself may be among the precisions.
 
     Raises:
         ConfigError: an unknown precision, or the compiled extension does not run here.
@@ -108,14 +111,17 @@ def bench_quality(
     text = llm.tokenizer.encode(quality_text()) if token_ids is None else token_ids
     texts = windows(text[:max_tokens], window)
     exact = [_score(llm, ids).log_softmax(dim=-1) for ids in texts]
-    for name in dict.fromkeys(["float32", *precisions]):
-        if name != "float32":
-            del llm  # before the next one is there
-            llm = _load(model, name, window)
-        yield measure_quality(name, lambda ids, llm=llm: _score(llm, ids), exact, texts)  # type: ignore[misc]
+    yield measure_quality("float32", lambda ids: _score(llm, ids), exact, texts)
+    for name in dict.fromkeys(precisions):
+        if name == "float32" and kv_cache_dtype == "auto":
+            continue
+        del llm  # before the next one is there
+        llm = _load(model, name, window, kv_cache_dtype)
+        title = name if kv_cache_dtype == "auto" else f"{name}, {kv_cache_dtype} K/V"
+        yield measure_quality(title, lambda ids, llm=llm: _score(llm, ids), exact, texts)  # type: ignore[misc]
 
 
-def _load(model: str | None, precision: str, window: int) -> LLM:
+def _load(model: str | None, precision: str, window: int, kv_cache_dtype: str = "auto") -> LLM:
     from pagelab.engine.llm import LLM
 
     return LLM(
@@ -126,6 +132,7 @@ def _load(model: str | None, precision: str, window: int) -> LLM:
         max_num_batched_tokens=window,
         kv_memory="256MiB",
         progress=False,
+        kv_cache_dtype=kv_cache_dtype,
         **PRECISIONS[precision],  # type: ignore[arg-type]
     )
 

@@ -92,13 +92,14 @@ class Session:
             self.lengths,
             ceilings,
             concurrency=self.settings.concurrency,
+            kv_dtype=self.llm.kv_dtype,
         )
 
     def engine_settings(self) -> dict[str, Any]:
         """The engine as it was built, `auto` resolved."""
         llm, memory = self.llm, self.llm.core.kv.config
         scheduling = llm.core.scheduler.config
-        layout = llm.spec.kv_layout(llm.dtype, memory.block_size)
+        layout = llm.spec.kv_layout(llm.kv_dtype, memory.block_size)
         engine = self.settings.engine
         return {
             "model": llm.source.name,
@@ -108,6 +109,7 @@ class Session:
             "dtype": llm.dtype,
             "attention": llm.attention,
             "quantization": engine.quantization,
+            "kv_dtype": llm.kv_dtype,
             "threads": _threads(engine),
             "allocator": memory.allocator,
             "prefix_caching": memory.prefix_caching,
@@ -210,6 +212,7 @@ def _options(engine: EngineChoice) -> dict[str, Any]:
         "batch_invariant": engine.batch_invariant,
         "attention": engine.attention,
         "quantization": engine.quantization,
+        "kv_cache_dtype": engine.kv_cache_dtype,
         "threads": _threads(engine),
         "prefix_caching": engine.prefix_caching,
         "progress": False,  # the benchmark has its own

@@ -36,6 +36,7 @@ class EngineChoice:
     batch_invariant: bool = False
     attention: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     threads: int | None = None
     prefix_caching: bool = False
 

@@ -37,6 +37,8 @@ def print_record(record: Record, console: Console) -> None:
         console.print("[yellow]no limits: the device has no memory left to measure them in")
     if record["profile"] is not None:
         _print(console, _parts(record["profile"]))
+        if record["profile"].get("native"):
+            _print(console, _native(record["profile"], record["ceilings"]))
         _print(console, _operations(record["profile"]))
         console.print(f"trace: {escape(record['profile']['trace'])} (open it in Perfetto)")
     busy = max(repeat["other_load_cores"] for repeat in record["repeats"])
@@ -101,7 +103,8 @@ def _settings(record: Record) -> Table:
             f"{engine['max_num_batched_tokens']:,} tokens a step, length "
             f"{engine['max_model_len']:,}, {engine['max_steps_in_flight']} steps in flight, "
             f"attention {engine['attention']}"
-            + (f", {engine['quantization']} weights" if engine.get("quantization") else ""),
+            + (f", {engine['quantization']} weights" if engine.get("quantization") else "")
+            + (f", {kv} K/V" if (kv := engine.get("kv_dtype")) == "int8" else ""),
         ),
         ("workload", f"{record['workload']['name']}: {record['workload']['title']}; {when}"),
         (
@@ -188,6 +191,34 @@ def _parts(profile: Record) -> Table:
     for part in profile["parts"]:
         calls = f"{part['calls'] / steps:,.0f}" if part["calls"] else ""
         table.add_row(part["name"], seconds(part["seconds"] / steps), f"{part['share']:.1%}", calls)
+    return table
+
+
+def _native(profile: Record, ceilings: Record | None) -> Table:
+    """The extension's parts, each as a share of what the machine was measured to do."""
+    title = "the extension's parts: what they move and compute a second"
+    if ceilings is not None:
+        bandwidth, rate = ceilings["bytes_per_s"] / 1e9, ceilings["flops_per_s"] / 1e9
+        title += f", of {bandwidth:,.0f} GB/s and {rate:,.0f} GFLOP/s"
+    table = _table(title, "part", "time", "share", "GB/s", "", "GFLOP/s", "")
+    steps, whole = profile["steps"], sum(part["seconds"] for part in profile["native"])
+    for part in profile["native"]:
+        time = part["seconds"] or float("inf")
+        shares = ["", ""]
+        if ceilings is not None:
+            shares = [
+                f"{part['bytes'] / time / ceilings['bytes_per_s']:.0%}",
+                f"{part['operations'] / time / ceilings['flops_per_s']:.0%}",
+            ]
+        table.add_row(
+            part["name"],
+            seconds(part["seconds"] / steps),
+            f"{part['seconds'] / whole:.1%}",
+            f"{part['bytes'] / time / 1e9:,.1f}",
+            shares[0],
+            f"{part['operations'] / time / 1e9:,.1f}",
+            shares[1],
+        )
     return table
 
 

@@ -200,11 +200,19 @@ def serve(**options: Any) -> None:
     callback=names,
     help="Each against float32, on a CPU by the compiled extension.",
 )
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="K/V of the precisions; float32, which they are compared with, keeps float32.",
+)
 @click.option("--max-tokens", type=int, help="Of the fixed text.  [default: all of it]")
 @click.option("--json", "json_path", type=_FILE, help="Write the figures here.")
 def quality(
     model: str | None,
     precisions: tuple[str, ...],
+    kv_cache_dtype: str,
     max_tokens: int | None,
     json_path: Path | None,
 ) -> None:
@@ -221,7 +229,8 @@ def quality(
     for heading in ("precision", "tokens", "perplexity", "top-1 agreement", "KL (nats)"):
         table.add_column(heading, justify="right")
     found = []
-    for row in bench_quality(model, precisions, max_tokens=max_tokens):
+    rows = bench_quality(model, precisions, max_tokens=max_tokens, kv_cache_dtype=kv_cache_dtype)
+    for row in rows:
         found.append(dataclasses.asdict(row))
         figures = (f"{row.perplexity:.3f}", f"{row.top1_agreement:.1%}", f"{row.divergence:.4f}")
         table.add_row(row.precision, f"{row.tokens:,}", *figures)

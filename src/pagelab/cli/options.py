@@ -172,6 +172,14 @@ def engine_options(command: F) -> F:
             type=click.Choice(["int8", "q4"]),
             help="Weights in fewer bits (CPU, by the compiled extension).  [default: none]",
         ),
+        click.option(
+            "--kv-cache-dtype",
+            type=click.Choice(["auto", "int8"]),
+            default="auto",
+            show_default=True,
+            help="int8: K/V in 8 bits, half of bfloat16's memory (CPU, by the compiled "
+            "extension); auto: the model's dtype.",
+        ),
         _THREADS,
     )
 
@@ -190,6 +198,7 @@ ENGINE_NAMES = (
     "batch_invariant",
     "attention",
     "quantization",
+    "kv_cache_dtype",
     "threads",
 )
 """What `engine_options` gives, by the names of `LLM`'s keywords."""

@@ -24,6 +24,7 @@ from pagelab.execution.loading import (
     load_runner,
     resolve_backend,
     resolve_device,
+    resolve_kv_dtype,
 )
 from pagelab.execution.memory_plan import measure_device, plan_memory
 from pagelab.memory.budget import MemoryBudget
@@ -77,6 +78,8 @@ class LLM:
             CPU), `cpu` or `reference`.
         quantization: `int8` or `q4`: weights in fewer bits, inputs in 8 by token and group of 32
             (on a CPU, by the extension); None: neither.
+        kv_cache_dtype: `int8`: K/V in 8 bits with a scale a token and head, half of bfloat16's room
+            (on a CPU, by the extension); `auto`: in the model's dtype.
         threads: CPU threads; None: one for each physical core that this process may use.
         max_steps_in_flight: steps submitted before the oldest is collected; None: 1 on a CPU, 2
             on a GPU, which then works while the host schedules.
@@ -96,6 +99,7 @@ class LLM:
     Attributes:
         memory_budget: who gets what of the device's memory, in bytes.
         attention: the backend, `auto` resolved.
+        kv_dtype: what K/V is kept in, `auto` resolved.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class LLM:
         max_num_seqs: int = 256,
         attention: str = "auto",
         quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         threads: int | None = None,
         max_steps_in_flight: int | None = None,
         random_weights: bool = False,
@@ -131,6 +136,7 @@ class LLM:
             dtype=dtype,
             attention=attention,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             random_weights=random_weights,
             cuda_graphs=cuda_graphs,
@@ -144,6 +150,7 @@ class LLM:
                 f"{self.spec.max_position}: lower --max-model-len"
             )
         self.attention = resolve_backend(devices, self.device, self.dtype, self.spec)
+        self.kv_dtype = resolve_kv_dtype(devices, self.attention, self.dtype, self.spec)
         runs_ahead = self.attention == "triton"
         if max_steps_in_flight is None:
             max_steps_in_flight = 2 if runs_ahead else 1
@@ -169,6 +176,7 @@ class LLM:
             utilization=gpu_memory_utilization,
             fused=runs_ahead,
             quantization=quantization,
+            kv_dtype=self.kv_dtype,
             graphs=cuda_graphs,
         )
         memory = MemoryConfig(

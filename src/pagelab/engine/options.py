@@ -27,5 +27,6 @@ class EngineOptions(TypedDict, total=False):
     cuda_graphs: bool
     batch_invariant: bool
     quantization: str | None
+    kv_cache_dtype: str
     progress: bool
     check_invariants: bool

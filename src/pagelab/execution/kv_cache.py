@@ -13,6 +13,7 @@ from pagelab.execution.oom import POOL, out_of_memory
 from pagelab.memory.layout import KVLayout
 from pagelab.types import BlockId
 
+# of numbers that torch computes with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,6 +22,11 @@ class KVCache:
 
     Heads are outermost, so that one block of one head is one contiguous row of
     `block_size · D` numbers, and gathering a context leaves it ready for a product.
+
+    In int8 the numbers are bytes, `[2, kv_heads, num_blocks, block_size, D + 4]`: a block of a head
+    has all its values, in an order that only the compiled extension reads
+    (`csrc/int8_attention.h`), then a float32 scale a slot. A block is whole in its row, so that
+    whoever copies or clears blocks takes the scales along.
 
     Args:
         layout: of the K/V.
@@ -43,16 +49,17 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         blocks = num_blocks + scratch_block
-        shape = (2, layout.num_kv_heads, blocks, layout.block_size, layout.head_dim)
+        dtype = torch.uint8 if layout.dtype == "int8" else DTYPES[layout.dtype]
+        numbers = layout.head_bytes // dtype.itemsize
+        shape = (2, layout.num_kv_heads, blocks, layout.block_size, numbers)
         pool = format_bytes(num_blocks * layout.bytes_per_block)
         with out_of_memory(f"for a KV pool of {pool}", device, POOL):
             # zeros, not empty: attention multiplies hidden slots by 0, which a NaN survives
-            self.layers = [
-                _zeros(shape, DTYPES[layout.dtype], device) for _ in range(layout.num_layers)
-            ]
+            self.layers = [_zeros(shape, dtype, device) for _ in range(layout.num_layers)]
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k and v `[T, kv_heads, D]` into these slots `[T]` of a layer."""
+        """Write k and v `[T, kv_heads, D]` into these slots `[T]` of a layer (not in int8)."""
+        assert self.layout.dtype != "int8", "only the extension writes int8"
         cache = self.layers[layer].view(2, self.layout.num_kv_heads, -1, self.layout.head_dim)
         cache[0].index_copy_(1, slots, k.transpose(0, 1))
         cache[1].index_copy_(1, slots, v.transpose(0, 1))

@@ -33,13 +33,18 @@ if TYPE_CHECKING:
     from pagelab.execution.gpu_runner import GpuRunner
 
 
+KV_CACHE_DTYPES = ("auto", "int8")
+"""What K/V may be asked to be kept in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
     """Where and in what to compute; `auto` is resolved by `resolve_device`.
 
     With `random_weights` a model's files are not read: its weights are drawn on the device.
     Without `cuda_graphs` every step runs kernel by kernel. Without `progress` loading shows no
-    bar. `quantization` is one of `native_decoder.QUANTIZATIONS`, for the compiled extension.
+    bar. `quantization` is one of `native_decoder.QUANTIZATIONS`, for the compiled extension, and
+    so is a `kv_cache_dtype` of `int8`.
     """
 
     device: str = "auto"
@@ -50,6 +55,7 @@ class DeviceConfig:
     cuda_graphs: bool = True
     batch_invariant: bool = False
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     progress: bool = True
 
 
@@ -111,6 +117,28 @@ def resolve_backend(config: DeviceConfig, device: torch.device, dtype: str, spec
     return name
 
 
+def resolve_kv_dtype(config: DeviceConfig, backend: str, dtype: str, spec: ModelSpec) -> str:
+    """What K/V is kept in under an attention backend: `auto` is the model's dtype.
+
+    Raises:
+        ConfigError: an unknown dtype, or int8 where the compiled extension does not run the model.
+    """
+    wish = config.kv_cache_dtype
+    if wish == "auto":
+        return dtype
+    if wish not in KV_CACHE_DTYPES:
+        raise ConfigError(
+            f"no --kv-cache-dtype {wish!r}: choose one of {', '.join(KV_CACHE_DTYPES)}"
+        )
+    if backend != "native":
+        reason = why_not_native(spec, dtype) if backend == "cpu" else None
+        raise ConfigError(
+            f"--kv-cache-dtype {wish} needs --attention native, the compiled extension on a CPU; "
+            f"here it is {backend}" + (f": {reason}" if reason else "")
+        )
+    return wish
+
+
 def load_runner(
     source: ModelSource,
     spec: ModelSpec,
@@ -131,13 +159,15 @@ def load_runner(
             raise ConfigError(f"threads must be at least 1, not {config.threads}")
         torch.set_num_threads(config.threads)
     name = resolve_backend(config, device, dtype, spec)
-    layout = spec.kv_layout(dtype, memory.block_size)
+    kv_dtype = resolve_kv_dtype(config, name, dtype, spec)
+    layout = spec.kv_layout(kv_dtype, memory.block_size)
     fused = name == "triton"
     cache = KVCache(layout, memory.num_blocks, device, scratch_block=fused)
     with torch.inference_mode(), out_of_memory("while loading the weights", device, WEIGHTS):
         with _weights(source, spec, config, device, dtype) as weights:
             if name == "native":
-                return NativeRunner(_native_decoder(spec, weights, dtype, config), cache)
+                packed = _native_decoder(spec, weights, dtype, kv_dtype, config)
+                return NativeRunner(packed, cache)
             decoder = Decoder(spec, weights, DTYPES[dtype], device, pack=not fused)
         if not fused:
             return ModelRunner(decoder, cache, select_attention(name))
@@ -157,12 +187,12 @@ def load_runner(
 
 
 def _native_decoder(
-    spec: ModelSpec, weights: Weights, dtype: str, config: DeviceConfig
+    spec: ModelSpec, weights: Weights, dtype: str, kv_dtype: str, config: DeviceConfig
 ) -> NativeDecoder:
     found = native()
     assert found is not None, "resolve_backend chose it"
     threads = Threads(found, config.threads or available_cores())
-    return NativeDecoder(spec, weights, dtype, config.quantization, threads)
+    return NativeDecoder(spec, weights, dtype, config.quantization, threads, kv_dtype)
 
 
 @contextmanager

@@ -59,12 +59,13 @@ def plan_memory(
     fused: bool,
     graphs: bool,
     quantization: str | None = None,
+    kv_dtype: str | None = None,
 ) -> MemoryBudget:
     """Divide a device's memory, before anything is allocated.
 
     Args:
         spec: the model.
-        dtype: of weights, activations and K/V.
+        dtype: of weights and activations.
         memory: of the device, measured.
         scheduling: how large a step may get.
         max_model_len: tokens that a request may reach.
@@ -74,6 +75,7 @@ def plan_memory(
         fused: the runner of our own kernels (`gpu_runner`) will run it.
         graphs: with CUDA graphs.
         quantization: of the weights.
+        kv_dtype: of K/V; None: `dtype`.
 
     Raises:
         ConfigError: both `kv_memory` and `utilization`, or a utilization on a CPU.
@@ -101,7 +103,7 @@ def plan_memory(
         )
     else:
         footprint = plain_footprint(spec, dtype, limits, quantization)
-    layout = spec.kv_layout(dtype, block_size)
+    layout = spec.kv_layout(kv_dtype or dtype, block_size)
     if kv_memory is None and on_gpu:
         return budget_from_free_memory(
             memory,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,41 @@ from pagelab.types import SampledToken, SequenceId, TokenLogprobs
 _NOT_FINITE = "the model's output is not finite here: try --dtype float32"
 
 
+@dataclass(slots=True)
+class Work:
+    """What a runner's steps had to do, added up; `bench.native_parts` makes bytes of it.
+
+    Attributes:
+        steps: how many.
+        tokens: rows of their layers.
+        keys: tokens in the cache of each step's sequences, this step's among them.
+        pairs: of a query and a key that it sees.
+        sampled: rows of the head.
+        head_steps: steps that have such rows.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    keys: int = 0
+    pairs: int = 0
+    sampled: int = 0
+    head_steps: int = 0
+
+    def add(self, queries: Sequence[int], keys: Sequence[int], sampled: int) -> None:
+        """A step whose sequences bring `queries` new tokens each and then have `keys`."""
+        self.steps += 1
+        self.tokens += sum(queries)
+        self.keys += sum(keys)
+        # the last of q queries sees all k keys, the one before it one less, ...
+        self.pairs += sum(q * k - q * (q - 1) // 2 for q, k in zip(queries, keys, strict=True))
+        self.sampled += sampled
+        self.head_steps += sampled > 0
+
+    def since(self, before: Work) -> Work:
+        """What came after `before`, an earlier copy."""
+        return Work(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
+
+
 class NativeRunner:
     """The `engine.core.Runner` of a real model on a CPU. Runs each step when it is submitted.
 
@@ -34,6 +70,7 @@ class NativeRunner:
         self.device = torch.device("cpu")
         self._native = decoder.threads.native
         self._seconds = np.zeros(len(PARTS))
+        self.work = Work()
         self._layers = np.array([layer.data_ptr() for layer in cache.layers], np.uint64)
 
     def submit(self, batch: Batch) -> StepResult:
@@ -59,12 +96,9 @@ class NativeRunner:
         sampling = [part for part in parts if part.samples]
         asked = prompt_rows(parts)
         # the greatest logit is found where logits are made; they are stored for anything else
-        logits = None
-        if asked or not all(_takes_greatest(part) for part in sampling):
-            columns = -(-self.decoder.spec.vocab_size // 32) * 32
-            count = len(sampling) + sum(len(some.targets) for some in asked)
-            logits = torch.empty(count, columns)[:, : self.decoder.spec.vocab_size]
-        tokens, finite = self._step(batch, asked, logits)
+        plain = all(_takes_greatest(part) for part in sampling)
+        logits = None if plain else self._empty_logits(len(sampling))
+        tokens, finite, hidden = self._step(batch, asked, logits)
         errors: dict[SequenceId, str] = {}
         for part, fine in zip(parts, finite, strict=True):
             if not fine:
@@ -73,27 +107,26 @@ class NativeRunner:
                 first = part.start // self.cache.layout.block_size
                 self.cache.clear_blocks(part.block_ids[first:])
         chosen: list[SampledToken | str]
-        prompts: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
         if logits is None:
             chosen = [SampledToken(token, None) if token >= 0 else NO_TOKEN for token in tokens]
         else:
             with _one_thread():
-                prompts = _prompts(asked, logits[len(sampling) :])
-                chosen = sample(logits[: len(sampling)], sampling) if sampling else []
+                chosen = sample(logits, sampling)
         sampled: dict[SequenceId, SampledToken] = {}
         for part, token in zip(sampling, chosen, strict=True):
             if isinstance(token, str):
                 errors.setdefault(part.sequence_id, token)
             else:
                 sampled[part.sequence_id] = token
-        return StepResult(batch.step, sampled, errors, prompts)
+        return StepResult(batch.step, sampled, errors, self._prompts(asked, hidden))
 
     def _step(
         self, batch: Batch, asked: Sequence[PromptRows], logits: torch.Tensor | None
-    ) -> tuple[list[int], list[int]]:
-        """The greatest logit's token of each sampled row, and whether each sequence is finite.
+    ) -> tuple[list[int], list[int], torch.Tensor]:
+        """The greatest logit's token of each row that samples, whether each sequence is finite,
+        and the hidden states of the rows in `asked`, one prompt behind the other.
 
-        `logits` takes those of the rows that sample, then those of the prompts in `asked`.
+        `logits` takes those of the rows that sample.
         """
         parts = batch.sequences
         ids: list[int] = []
@@ -107,30 +140,79 @@ class NativeRunner:
             blocks += part.block_ids
             if part.samples:
                 rows.append(len(ids) - 1)
-        for some in asked:
-            rows += range(some.first, some.first + len(some.targets))
+        kept = [some.first + i for some in asked for i in range(len(some.targets))]
+        hidden = torch.empty(len(kept), _padded(self.decoder.spec.hidden_size))
         counts = [part.num_tokens for part in parts]
         keys = [part.end for part in parts]
-        return self._call((ids, counts, keys, table, blocks, rows), logits)
+        tokens, finite = self._call((ids, counts, keys, table, blocks, rows), logits, kept, hidden)
+        return tokens, finite, hidden
+
+    def _prompts(
+        self, asked: Sequence[PromptRows], hidden: torch.Tensor
+    ) -> dict[SequenceId, tuple[TokenLogprobs, ...]]:
+        """Log probabilities of prompt tokens; logits are made and let go a few rows at a time."""
+        found: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
+        at = 0
+        for some in asked:
+            own = hidden[at : at + len(some.targets)]
+            at += len(some.targets)
+            for sequence_id, rows in prompt_logprobs([some._replace(first=0)], self._of(own)):
+                with _one_thread():
+                    found[sequence_id] = (*found.get(sequence_id, ()), *rows.read())
+        return found
+
+    def _of(self, hidden: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from rows of `hidden`, as a step keeps it, to their logits `[rows, vocab]`."""
+
+        def logits_of(rows: torch.Tensor) -> torch.Tensor:
+            own = hidden[rows]  # a copy: its rows lie one behind the other
+            logits = self._empty_logits(len(own))
+            native, threads = self._native, self.decoder.threads
+            failed = native.library.pagelab_logits(
+                native.isa,
+                threads.pointer,
+                address(self.decoder.model),
+                own.data_ptr(),
+                len(own),
+                logits.data_ptr(),
+            )
+            if failed:
+                raise MemoryError("out of memory for a prompt's logits")
+            return logits
+
+        return logits_of
+
+    def _empty_logits(self, rows: int) -> torch.Tensor:
+        """Room for logits `[rows, vocab]`, its rows as far apart as the extension has them."""
+        vocab = self.decoder.spec.vocab_size
+        return torch.empty(rows, _padded(vocab))[:, :vocab]
 
     def score(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits `[T, vocab]` at every position of a text of T tokens, from one step.
 
         The engine must be idle and keep no prefixes: the first blocks of the pool are written.
         """
-        count, vocab = len(token_ids), self.decoder.spec.vocab_size
+        count = len(token_ids)
         blocks = range(-(-count // self.cache.layout.block_size))
         assert len(blocks) <= self.cache.num_blocks
-        logits = torch.empty(count, -(-vocab // 32) * 32)
+        logits = self._empty_logits(count)
         self._call((token_ids, [count], [count], [0], blocks, range(count)), logits)
-        return logits[:, :vocab]
+        return logits
 
     def _call(
-        self, inputs: Sequence[Sequence[int]], logits: torch.Tensor | None
+        self,
+        inputs: Sequence[Sequence[int]],
+        logits: torch.Tensor | None,
+        kept: Sequence[int] = (),
+        hidden: torch.Tensor | None = None,
     ) -> tuple[list[int], list[int]]:
-        """One step of token ids, counts, keys, starts of block tables, block ids, sampled rows."""
+        """One step of token ids, counts, keys, starts of block tables, block ids, sampled rows.
+
+        `hidden` takes the last hidden states of the rows in `kept`.
+        """
         arrays = [np.array(x, np.int32) for x in inputs]
         ids, counts, *_, rows = arrays
+        kept_rows = np.array(kept, np.int32)
         tokens, finite = np.empty(len(rows), np.int32), np.empty(len(counts), np.uint8)
         step = CStep(
             len(ids),
@@ -138,14 +220,17 @@ class NativeRunner:
             len(rows),
             self.cache.num_blocks,
             self.cache.layout.block_size,
-            0,
+            len(kept),
             *(array.ctypes.data for array in arrays),
             self._layers.ctypes.data,
             None if logits is None else logits.data_ptr(),
             tokens.ctypes.data,
             finite.ctypes.data,
+            kept_rows.ctypes.data,
+            None if hidden is None else hidden.data_ptr(),
             self._seconds.ctypes.data,
         )
+        self.work.add(inputs[1], inputs[2], len(rows))
         native, threads = self._native, self.decoder.threads
         failed = native.library.pagelab_step(
             native.isa, threads.pointer, address(self.decoder.model), address(step)
@@ -160,18 +245,8 @@ def _takes_greatest(part: ScheduledSequence) -> bool:
     return plain and not changes_logits(part)
 
 
-def _prompts(
-    asked: Sequence[PromptRows], logits: torch.Tensor
-) -> dict[SequenceId, tuple[TokenLogprobs, ...]]:
-    """Log probabilities of prompt tokens, from logits of their rows, one prompt after another."""
-    found: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
-    at = 0
-    for some in asked:
-        own = logits[at : at + len(some.targets)]
-        at += len(some.targets)
-        for sequence_id, rows in prompt_logprobs([some._replace(first=0)], own.__getitem__):
-            found[sequence_id] = (*found.get(sequence_id, ()), *rows.read())
-    return found
+def _padded(size: int) -> int:
+    return -(-size // 32) * 32
 
 
 @contextmanager

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pagelab.errors import ConfigError, InsufficientMemoryError, UnsupportedModelError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number, by the dtypes that weights and K/V may have."""
+
+KV_DTYPES = (*DTYPE_BYTES, "int8")
+"""What K/V may be kept in. `int8`: a byte a number, and a float32 scale for each token's K and V
+of each head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +32,22 @@ class KVLayout:
     block_size: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise UnsupportedModelError(f"K/V in {self.dtype}: use one of {', '.join(DTYPE_BYTES)}")
+        if self.dtype not in KV_DTYPES:
+            raise UnsupportedModelError(f"K/V in {self.dtype}: use one of {', '.join(KV_DTYPES)}")
         if self.block_size < 1:
             raise ConfigError(f"block_size must be at least 1, not {self.block_size}")
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes of one token's K (or V) of one head of one layer, its scale included."""
+        if self.dtype == "int8":
+            return self.head_dim + 4
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token, all layers of the group."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_layers * self.num_kv_heads * self.head_bytes
 
     @property
     def bytes_per_block(self) -> int:

@@ -17,8 +17,7 @@ from pagelab.native.library import why_no_native
 from pagelab.native.packed import KINDS, Blocks, PackedLinear, Threads
 from pagelab.native.structures import (
     ACTIVATIONS,
-    KV_BFLOAT16,
-    KV_FLOAT32,
+    KV_TYPES,
     CLayer,
     CModel,
     CNorm,
@@ -65,15 +64,18 @@ class NativeDecoder:
     Args:
         spec: what to build.
         weights: in transformers' names and shapes; emptied, each packed as it is taken.
-        dtype: `float32` or `bfloat16`: of the weights where they are not quantized, and of K/V.
+        dtype: `float32` or `bfloat16`: of the weights where they are not quantized.
         quantization: one of `QUANTIZATIONS`, or None. Blocks that a GGUF file holds in a kind that
             the extension has are packed as they are (`q4`: Q4_0, Q4_1, Q8_0; `int8`: Q8_0).
         threads: that pack, and that will run it.
+        kv_dtype: what K/V is kept in, `float32`, `bfloat16` or `int8`; None: `dtype`.
 
     Attributes:
         model: the C structure; valid as long as this object.
         weight_bytes: of packed matrices.
-        embedding: the table of tokens; the head too where they are tied.
+        kind: of the layers' matrices that were packed from floats.
+        embedding: the table of tokens.
+        head: what the last hidden state is multiplied by: the same where they are tied.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class NativeDecoder:
         dtype: str,
         quantization: str | None,
         threads: Threads,
+        kv_dtype: str | None = None,
     ) -> None:
         self.spec, self.dtype, self.threads = spec, dtype, threads
         self._weights, self._kinds = weights, _kinds(dtype, quantization)
         self._keep: list[Any] = []  # whatever the C structures point to
         self.weight_bytes = 0
+        self.kind = self._kinds.matrix
         gpt2 = spec.architecture == "gpt2"
         base = "transformer.wte" if gpt2 else "model.embed_tokens"
         embedding = self._packed([base], bias=False, kind=self._kinds.table)
@@ -95,6 +99,7 @@ class NativeDecoder:
         head = embedding
         if not spec.tied_embeddings:
             head = self._packed(["lm_head"], bias=False, kind=self._kinds.table)
+        self.head: PackedLinear = self._keep[-1]
         build = self._gpt2_layer if gpt2 else self._llama_layer
         self._layers = (CLayer * spec.num_layers)(*(build(i) for i in range(spec.num_layers)))
         model = CModel(
@@ -108,7 +113,7 @@ class NativeDecoder:
             gated=spec.gated_mlp,
             activation=ACTIVATIONS[spec.activation],
             layernorm=spec.norm == "layernorm",
-            kv_type=KV_BFLOAT16 if dtype == "bfloat16" else KV_FLOAT32,
+            kv_type=KV_TYPES[kv_dtype or dtype],
             eps=spec.norm_eps,
             scale=spec.head_dim**-0.5,
             embedding=embedding,

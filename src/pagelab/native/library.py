@@ -21,7 +21,7 @@ from typing import Any
 
 VARIABLE = "PAGELAB_NATIVE"
 NAME = "_pagelab.so"
-_VERSION = 1  # of the C ABI
+_VERSION = 2  # of the C ABI
 _OFF = ("0", "off", "no", "false")
 
 
@@ -102,4 +102,5 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
     "linear": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p),
     "attend": (None, *[c_void_p] * 5, c_int32, c_void_p),
     "step": (c_int32, *[c_void_p] * 4),
+    "logits": (c_int32, *[c_void_p] * 4, c_int32, c_void_p),
 }

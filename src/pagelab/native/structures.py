@@ -8,7 +8,9 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 F32, BF16, INT8, Q8, Q4 = range(5)
 """Kinds of packed weights (`Kind`)."""
 
-KV_FLOAT32, KV_BFLOAT16 = range(2)
+KV_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+"""What K/V may be kept in (`KvType`)."""
+
 PARTS = ("embed", "norm", "linear", "place", "attention", "activation", "head")
 """Parts of a step whose time is told (`Part`)."""
 
@@ -89,7 +91,7 @@ class CStep(ctypes.Structure):
         ("num_sampled", c_int32),
         ("num_blocks", c_int32),
         ("block_size", c_int32),
-        ("unused", c_int32),
+        ("num_kept", c_int32),
         ("token_ids", c_void_p),
         ("queries", c_void_p),
         ("keys", c_void_p),
@@ -100,5 +102,7 @@ class CStep(ctypes.Structure):
         ("logits", c_void_p),
         ("tokens", c_void_p),
         ("finite", c_void_p),
+        ("kept", c_void_p),
+        ("hidden", c_void_p),
         ("seconds", c_void_p),
     )

@@ -39,7 +39,7 @@ class Native(Method):
             max_num_seqs=job.max_num_seqs or SchedulerConfig().max_num_seqs,
         )
         self.core = llm.core
-        layout = llm.spec.kv_layout(llm.dtype, job.block_size)
+        layout = llm.spec.kv_layout(llm.kv_dtype, job.block_size)
         self.bytes_per_token = layout.bytes_per_token
         memory = self.core.kv.config
         slots = memory.num_blocks * memory.block_size

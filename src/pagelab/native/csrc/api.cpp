@@ -93,7 +93,7 @@ using namespace pagelab;
 #define API extern "C" __attribute__((visibility("default")))
 
 // Grows whenever a structure or a function changes: Python loads no other.
-API int32_t pagelab_version() { return 1; }
+API int32_t pagelab_version() { return 2; }
 
 // The i-th instruction set that runs here, the fastest first; null behind the last.
 API const Isa* pagelab_isa(int32_t index) {
@@ -159,4 +159,9 @@ API void pagelab_attend(const Isa* isa, Pool* pool, const Model* model, const St
 
 API int32_t pagelab_step(const Isa* isa, Pool* pool, const Model* model, const Step* step) {
   return isa->step(pool, model, step);
+}
+
+API int32_t pagelab_logits(const Isa* isa, Pool* pool, const Model* model, const float* hidden,
+                           int32_t rows, float* out) {
+  return isa->logits(pool, model, hidden, rows, out);
 }

@@ -119,6 +119,11 @@ static int32_t run_step(Pool* pool, const Model* m, const Step* s) {
   ended(&run, kEmbed);
   for (int layer = 0; layer < m->layers; ++layer) run_layer(&run, layer);
   check_finite(run);
+  const int64_t padded = rounded(m->hidden);
+  for (int i = 0; i < s->num_kept; ++i) {
+    memcpy(s->hidden + i * padded, run.w.x + s->kept[i] * padded,
+           static_cast<size_t>(padded) * 4);
+  }
   run_head(&run);
   ended(&run, kHead);
   return 0;

@@ -23,6 +23,23 @@ void linear(Pool* pool, const Linear* w, const float* x, int32_t rows, float* ou
   product(pool, *w, a, rows, out, false);
 }
 
+// The head alone, for rows whose hidden state a step has kept.
+int32_t logits(Pool* pool, const Model* m, const float* hidden, int32_t rows, float* out) {
+  const Linear& head = *m->head;
+  const int64_t padded = rounded(m->hidden), own = (4 * most64(padded, head.kp) + 63) / 64 * 64;
+  uint8_t* const memory = pool->memory(rows_bytes(head.kind, rows, head.kp) + own + 256);
+  if (memory == nullptr) return 1;
+  float* const normed = reinterpret_cast<float*>(memory);
+  const Rows a = rows_at(memory + own, head.kind, rows, head.kp);
+  for (int32_t i = 0; i < rows; ++i) {
+    norm_row(m->final_norm, m->layernorm != 0, m->eps, hidden + i * padded, m->hidden,
+             static_cast<int>(padded), normed);
+    set_row(a, head.kind, i, normed, head.kp);
+  }
+  product(pool, head, a, rows, out, false);
+  return 0;
+}
+
 void attend(Pool* pool, const Model* m, const Step* s, const float* q, int32_t layer, float* out) {
   const int64_t row_size = static_cast<int64_t>(m->heads) * m->head_dim;
   const int64_t size = row_size * s->num_tokens;
@@ -62,6 +79,6 @@ void attend(Pool* pool, const Model* m, const Step* s, const float* q, int32_t l
 
 extern const Isa JOIN(isa_, PAGELAB_ISA);
 const Isa JOIN(isa_, PAGELAB_ISA) = {
-    TEXT(PAGELAB_ISA), pack, pack_blocks, linear, attend, run_step};
+    TEXT(PAGELAB_ISA), pack, pack_blocks, linear, attend, run_step, logits};
 
 }  // namespace pagelab

@@ -16,7 +16,7 @@ enum Kind : int32_t {
   kQ4 = 4,    // [panel][group]: 512 bytes of nibbles, then d[32], m[32]: value = q * d + m
 };
 
-enum KvType : int32_t { kKvF32 = 0, kKvBf16 = 1 };
+enum KvType : int32_t { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2 };  // kKvInt8: int8_attention.h
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 // W [n, k] packed; np and kp are n and k rounded up to 32, the rest is zeros.
@@ -54,13 +54,17 @@ struct Model {
 // One step. Sequence s brings queries[s] new tokens; with them it has keys[s]. Its blocks are
 // block_ids[table[s] ..]. token_ids follow each other in the order of the sequences.
 struct Step {
-  int32_t num_tokens, num_seqs, num_sampled, num_blocks, block_size, unused;
+  int32_t num_tokens, num_seqs, num_sampled, num_blocks, block_size, num_kept;
   const int32_t *token_ids, *queries, *keys, *table, *block_ids;
   const int32_t* sampled;  // rows
-  void* const* kv;         // a layer's cache [2, kv_heads, num_blocks, block_size, head_dim]
+  // a layer's cache [2, kv_heads, num_blocks, block_size, head_dim]; kKvInt8: head_dim + 4 bytes
+  // a slot, in the order of int8_attention.h within a block
+  void* const* kv;
   float* logits;           // [num_sampled, head->np], or null: only tokens
   int32_t* tokens;         // [num_sampled]: the greatest logit; -1 where none is finite
   uint8_t* finite;         // [num_seqs]: whether the last row's hidden state is
+  const int32_t* kept;     // [num_kept] rows whose last hidden state is wanted, and
+  float* hidden;           // [num_kept, hidden rounded up to 32] where it goes; see Isa::logits
   double* seconds;         // [kParts], added to: the caller's time by part of a step
 };
 
@@ -76,6 +80,8 @@ struct Isa {
   void (*linear)(Pool*, const Linear*, const float* x, int32_t rows, float* out);
   void (*attend)(Pool*, const Model*, const Step*, const float* q, int32_t layer, float* out);
   int32_t (*step)(Pool*, const Model*, const Step*);
+  // hidden [rows, hidden rounded up to 32], as Step::hidden → out [rows, head->np]
+  int32_t (*logits)(Pool*, const Model*, const float* hidden, int32_t rows, float* out);
 };
 
 // ggml's numbers of the block types that `pack_blocks` reads.

@@ -41,21 +41,17 @@ static Rows rows_at(uint8_t* memory, int kind, int rows, int kp) {
 static void quantize_row(const float* x, int groups, int8_t* q, float* scale, float* shift,
                          int32_t* total) {
   for (int g = 0; g < groups; ++g) {
-    vf biggest = {};
+    vi biggest = {};
     UNROLL for (int v = 0; v < NV; ++v) {
-      const vf value = load(x + g * kGroup + v * VF);
-      biggest = vmax(biggest, value < 0 ? -value : value);
+      biggest = max_i(biggest, magnitude(load(x + g * kGroup + v * VF)));
     }
-    const float peak = largest(biggest);
+    const float peak = largest_magnitude(biggest);
     const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
     vi sums = {};
     UNROLL for (int v = 0; v < NV; ++v) {
-      const float shift_up = 12582912.0f;  // rounds to nearest even
-      const vf scaled = load(x + g * kGroup + v * VF) * inverse + shift_up;
-      const vi whole = (vi)scaled - 0x4b400000;
+      const vi whole = nearest(load(x + g * kGroup + v * VF) * inverse);
       sums += whole;
-      typedef int8_t bytes __attribute__((vector_size(VF), aligned(1), may_alias));
-      *reinterpret_cast<bytes*>(q + g * kGroup + v * VF) = __builtin_convertvector(whole, bytes);
+      store_bytes(q + g * kGroup + v * VF, whole);
     }
     int32_t sum_q = 0;
     UNROLL for (int i = 0; i < VF; ++i) sum_q += sums[i];

@@ -111,26 +111,27 @@ static void norm_before_head(void* context, int row, int worker) {
 }
 
 static Cache cache_of(const Model& m, const Step& s, int layer, int seq, int head) {
-  const int bytes = m.kv_type == kKvBf16 ? 2 : 4;
-  const int64_t head_bytes =
-      static_cast<int64_t>(s.num_blocks) * s.block_size * m.head_dim * bytes;
+  const int bytes = m.kv_type == kKvF32 ? 4 : m.kv_type == kKvBf16 ? 2 : 1;
+  const int slot_bytes = m.head_dim * bytes + (m.kv_type == kKvInt8 ? 4 : 0);  // with its scale
+  const int64_t head_bytes = static_cast<int64_t>(s.num_blocks) * s.block_size * slot_bytes;
   const uint8_t* const k = static_cast<const uint8_t*>(s.kv[layer]) + head * head_bytes;
   return Cache{k, k + m.kv_heads * head_bytes, s.block_ids + s.table[seq], s.block_size,
                m.head_dim, bytes};
 }
 
-static void write_cache(const Model& m, const float* from, uint8_t* to) {
+static void write_floats(const Model& m, const float* from, const uint8_t* to) {
+  uint8_t* const own = const_cast<uint8_t*>(to);
   if (m.kv_type == kKvBf16) {
     for (int i = 0; i < m.head_dim; i += VF) {
-      store_bf16(reinterpret_cast<uint16_t*>(to) + i, load(from + i));
+      store_bf16(reinterpret_cast<uint16_t*>(own) + i, load(from + i));
     }
   } else {
-    memcpy(to, from, static_cast<size_t>(m.head_dim) * 4);
+    memcpy(own, from, static_cast<size_t>(m.head_dim) * 4);
   }
 }
 
 // Norms and turns q and k of a row, scales q, and writes k and v into the cache.
-static void place_row(void* context, int row, int) {
+static void place_row(void* context, int row, int worker) {
   Run& run = *static_cast<Run*>(context);
   const Model& m = *run.m;
   const Layer& layer = run.here();
@@ -148,9 +149,19 @@ static void place_row(void* context, int row, int) {
   for (int head = 0; head < m.kv_heads; ++head) {
     const Cache cache = cache_of(m, *run.s, run.layer, run.w.row_seq[row], head);
     const float* const k = qkv + (m.heads + head) * D;
-    write_cache(m, k, const_cast<uint8_t*>(cache.at(cache.k, position)));
-    write_cache(m, k + m.kv_heads * D, const_cast<uint8_t*>(cache.at(cache.v, position)));
+    const float* const v = k + m.kv_heads * D;
+    if (m.kv_type == kKvInt8) {
+      write_bytes(cache, position, k, v, reinterpret_cast<uint8_t*>(run.own(worker)));
+    } else {
+      write_floats(m, k, cache.at(cache.k, position));
+      write_floats(m, v, cache.at(cache.v, position));
+    }
   }
+}
+
+INLINE void divide(const float* x, float by, int n, float* to) {
+  const float inverse = 1.0f / by;
+  for (int i = 0; i < n; i += VF) store(to + i, load(x + i) * inverse);
 }
 
 // One task; q's rows are `q_stride` floats apart, the result's `o_stride`.
@@ -162,20 +173,34 @@ static void attend_task(const Run& run, const Task& t, const float* q, int64_t q
   const bool bf16 = m.kv_type == kKvBf16;
   q += t.row * q_stride + t.head * group * D;
   o += t.row * o_stride + t.head * group * D;
+  const PromptScratch scratch = prompt_scratch_at(reinterpret_cast<uint8_t*>(run.own(worker)),
+                                                  run.w.most_rows, rounded(D));
+  Online alone[kQueryRows * 2];
   if (t.queries > 1) {
-    const PromptScratch scratch = prompt_scratch_at(
-        reinterpret_cast<uint8_t*>(run.own(worker)), run.w.most_rows, rounded(D));
+    if (m.kv_type == kKvInt8) {
+      over_bytes(cache, q, q_stride, t.queries, group, t.position, 0, t.position + t.queries,
+                 scratch, alone);
+      for (int row = 0; row < t.queries * group; ++row) {
+        divide(scratch.o + static_cast<int64_t>(row) * D, alone[row].l, D,
+               o + row / group * o_stride + row % group * D);
+      }
+      return;
+    }
     const auto work = bf16 ? several<true> : several<false>;
     work(cache, q, q_stride, t.queries, group, t.position, o, o_stride, scratch);
     return;
   }
-  Online alone[kQueryRows * 2];
   Online* const state = t.part < 0 ? alone : run.w.part_states + t.part * group;
   float* const to = t.part < 0 ? o : run.w.parts + static_cast<int64_t>(t.part) * group * D;
-  const auto work = bf16 ? few_heads<true> : few_heads<false>;
-  work(group, cache, q, t.first, t.last, to, state);
+  if (m.kv_type == kKvInt8) {
+    over_bytes(cache, q, 0, 1, group, t.position, t.first, t.last, scratch, state);
+    memcpy(to, scratch.o, sizeof(float) * static_cast<size_t>(group * D));
+  } else {
+    const auto work = bf16 ? few_heads<true> : few_heads<false>;
+    work(group, cache, q, t.first, t.last, to, state);
+  }
   if (t.part >= 0) return;
-  for (int i = 0; i < group * D; i += VF) store(o + i, load(o + i) * (1.0f / state[i / D].l));
+  for (int head = 0; head < group; ++head) divide(o + head * D, state[head].l, D, o + head * D);
 }
 
 static void attention_piece(void* context, int piece, int worker) {

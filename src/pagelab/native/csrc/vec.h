@@ -57,6 +57,7 @@ INLINE vf vmax(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
+INLINE vi max_i(vi a, vi b) { return a > b ? a : b; }
 INLINE int least(int a, int b) { return a < b ? a : b; }
 INLINE int most(int a, int b) { return a > b ? a : b; }
 
@@ -79,6 +80,43 @@ INLINE float largest(vf x) {
   float best = x[0];
   UNROLL for (int i = 1; i < VF; ++i) best = x[i] > best ? x[i] : best;
   return best;
+}
+
+// Magnitudes by their bits, whose order is that of the numbers; an infinity or a NaN is greater
+// than all of them, so that it is never lost.
+INLINE vi magnitude(vf x) { return (vi)x & 0x7fffffff; }
+INLINE float largest_magnitude(vi x) {
+#if defined(__AVX512F__)
+  const int32_t best = _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t best = x[0];
+  UNROLL for (int i = 1; i < VF; ++i) best = x[i] > best ? x[i] : best;
+#endif
+  float value;
+  memcpy(&value, &best, 4);
+  return value;
+}
+
+// The nearest whole number, of magnitudes below 2^22; to even. Of a NaN: any number.
+INLINE vi nearest(vf x) {
+  return (vi)(x + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23: adding it rounds
+}
+// The lower bytes of the lanes.
+INLINE void store_bytes(void* p, vi x) {
+  typedef int8_t bytes __attribute__((vector_size(VF), aligned(1), may_alias));
+  *static_cast<bytes*>(p) = __builtin_convertvector(x, bytes);
+}
+// Lane by lane the products of the lower and of the upper 16 bits (signed), added up.
+INLINE vi add_pairs(vi a, vi b) {
+#if defined(__AVX512BW__)
+  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
 }
 
 // bfloat16: the upper half of a float, rounded to nearest even.

@@ -1,7 +1,7 @@
 // The memory of one step: what it is cut into.
 #pragma once
 
-#include "prompt_attention.h"
+#include "int8_attention.h"
 
 namespace pagelab {
 namespace {

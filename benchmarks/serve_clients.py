@@ -119,7 +119,7 @@ async def served(options: argparse.Namespace, port: int, pid: int) -> dict[str, 
     for warm in prompts(2):
         async for _ in stream_events(endpoint, "/v1/completions", body | {"prompt": warm}):
             pass
-    before = loop_lag(await metrics(endpoint))
+    lag = loop_lag(await metrics(endpoint))
     server = psutil.Process(pid)
     memory = [rss(server)]
 
@@ -141,7 +141,8 @@ async def served(options: argparse.Namespace, port: int, pid: int) -> dict[str, 
             lost.append(str(error))
 
     (engine,) = server.children()
-    cpu = [cpu_s(server), cpu_s(engine)]
+    processes = (server, engine, psutil.Process())
+    cpu = [cpu_s(process) for process in processes]
     watching = asyncio.create_task(watch())
     started = time.perf_counter()
     await asyncio.gather(*(one(i, p, started) for i, p in enumerate(prompts(options.clients))))
@@ -155,8 +156,8 @@ async def served(options: argparse.Namespace, port: int, pid: int) -> dict[str, 
         "itl": gaps,
         "memory": memory,
         "after": [p.memory_info().rss for p in (server, engine)],
-        "cpu": [cpu_s(server) - cpu[0], cpu_s(engine) - cpu[1]],
-        "lag": {le: n - before[le] for le, n in loop_lag(await metrics(endpoint)).items()},
+        "cpu": [cpu_s(process) - before for process, before in zip(processes, cpu, strict=True)],
+        "lag": {le: n - lag[le] for le, n in loop_lag(await metrics(endpoint)).items()},
     }
 
 
@@ -300,11 +301,12 @@ def tell(
         if result[name]:
             at = ", ".join(f"p{q} {percentile(result[name], q):.3f}" for q in (50, 95, 99, 100))
             print(f"{name.upper()} (s): {at}")
-    front, engine = result["cpu"]
+    front, engine, clients = result["cpu"]
     each = front / (options.clients * options.tokens) * 1e6
     print(
         f"CPU: the server {front:.2f} s ({each:.0f} µs a token), the engine {engine:.2f} s: "
-        f"{100 * front / (front + engine):.1f} % is the server's"
+        f"{100 * front / (front + engine):.1f} % is the server's; "
+        f"the clients {clients:.2f} s"
     )
     mib = [size >> 20 for size in result["memory"]]
     print(

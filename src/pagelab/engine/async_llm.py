@@ -53,6 +53,9 @@ Prompt = str | Sequence[int]
 LONG_TEXT = 20_000
 """Characters from which a text is tokenized in a thread: about 5 ms, which others need not wait."""
 
+MANY_TOKENS = 5_000
+"""Token ids from which their text is made in a thread."""
+
 A_TURN = 32
 """Pieces of news handed out in one turn of the event loop: each wakes a task that works 0.1 to 0.2
 ms. (500 requests that the engine took in one step stopped the loop for 0.15 s.)"""
@@ -293,6 +296,16 @@ class AsyncLLM:
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; of many in a thread.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+        """
+        if len(token_ids) < MANY_TOKENS:
+            return self.tokenizer.decode(token_ids, skip_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens)
 
     # Looking
 

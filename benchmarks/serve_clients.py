@@ -320,6 +320,10 @@ def tell(
     print(f"event loop: never more than {late} s late in {looks}", flush=True)
     for error in lost[:3]:
         print("lost:", error)
+    wrong = [i for i, text in enumerate(served_texts) if text != texts[i]]
+    for i in wrong[:3]:
+        one = alone[i] if i < len(alone) else "(not run)"
+        print(f"mixed up: request {i}: {served_texts[i]!r}, offline {texts[i]!r}, alone {one!r}")
     return mixed + others + len(lost)
 
 

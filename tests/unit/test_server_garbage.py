@@ -82,7 +82,7 @@ def test_full_collections_wait_until_nobody_is_there(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gc, "collect", lambda: collected.append(llm.num_requests))
 
     async def main() -> None:
-        task = asyncio.ensure_future(garbage.collect_when_idle(llm, longest_s=0.2))
+        task = asyncio.ensure_future(garbage.collect_when_idle(llm, idle_s=0.1, longest_s=1.0))
         await asyncio.sleep(0.01)
         assert not gc.isenabled()  # the model is being loaded
         llm.state = EngineState.READY
@@ -95,9 +95,11 @@ def test_full_collections_wait_until_nobody_is_there(monkeypatch: pytest.MonkeyP
         assert collected == []
         llm.num_requests = 0
         await asyncio.sleep(0.02)
+        assert collected == []  # connections are being closed
+        await asyncio.sleep(0.3)
         assert collected == [0]
         llm.num_requests = 5
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.3)
         assert collected[:2] == [0, 5]  # it is never idle: once it must be
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -16,13 +16,18 @@ from pagelab.engine.launch import EngineState
 
 _LOOK_EVERY_S = 0.1
 
+IDLE_S = 1.0
+"""How long nobody must have asked: connections are still being closed after the last token."""
+
 LONGEST_S = 600.0
 """A server that is never idle collects all the same, so often: errors may leave cycles."""
 
 _NEVER = 1_000_000_000  # collections of the second generation before one of the third
 
 
-async def collect_when_idle(llm: AsyncLLM, longest_s: float = LONGEST_S) -> None:
+async def collect_when_idle(
+    llm: AsyncLLM, *, idle_s: float = IDLE_S, longest_s: float = LONGEST_S
+) -> None:
     """Take Python's full collections over, until cancelled. For a process that only serves.
 
     What is there once the model is loaded stays for good and is not looked at again (`gc.freeze`).
@@ -36,14 +41,16 @@ async def collect_when_idle(llm: AsyncLLM, longest_s: float = LONGEST_S) -> None
         gc.freeze()
         gc.set_threshold(*thresholds[:2], _NEVER)
         gc.enable()
-        collected, worked = time.monotonic(), False
+        busy = collected = time.monotonic()  # when somebody was last there, when it last was done
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            worked = worked or llm.num_requests > 0
-            overdue = time.monotonic() - collected > longest_s
-            if worked and (overdue or llm.num_requests == 0):
+            now = time.monotonic()
+            if llm.num_requests > 0:
+                busy = now
+            is_idle = now - busy > idle_s
+            if busy > collected and (is_idle or now - collected > longest_s):
                 gc.collect()
-                collected, worked = time.monotonic(), llm.num_requests > 0
+                collected = time.monotonic()
     finally:
         gc.set_threshold(*thresholds)
         gc.enable()

@@ -163,3 +163,27 @@ def test_a_broken_server_is_an_error_and_no_hang(answer: bytes, message: str) ->
         with pytest.raises(HttpError, match=message):
             asyncio.run(asyncio.wait_for(ask(), 10))
         thread.join()
+
+
+def test_answers_without_usage_are_counted_in_chunks_and_told() -> None:
+    """As llama-cpp-python's server gives them."""
+    chunk = b'data: {"choices": [{"text": "x"}]}\n\n'
+    bodies = [b'{"data": [{"id": "m"}]}'] + [3 * chunk + b"data: [DONE]\n\n"] * 4
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for body in bodies:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        done = bench(url, "--requests", "4", "--warmup", "0", "--concurrency", "1")
+        thread.join(timeout=20)
+    assert done.exit_code == 0, done.output
+    assert "0 tokens in, 12 out" in done.output
+    assert "4 answers came without usage" in done.output
+    assert "all tokens/s" not in done.output

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from pagelab.engine.async_llm import AsyncLLM
+from pagelab.engine.async_llm import A_TURN, AsyncLLM
 from pagelab.engine.launch import EngineState
 from pagelab.engine.llm import LLM
-from pagelab.engine.messages import BlockNews, EngineInfo, StepStats
+from pagelab.engine.messages import BlockNews, EngineInfo, News, StepStats
 from pagelab.engine.options import EngineOptions
 from pagelab.engine.request_stream import RequestStream
 from pagelab.errors import (
@@ -29,12 +29,17 @@ from pagelab.errors import (
     RequestError,
     RequestTooLongError,
 )
-from pagelab.types import FinishReason, SamplingParams
+from pagelab.memory.ledger import LedgerEntry
+from pagelab.types import FinishReason, RequestMetrics, SamplingParams
 from tests.support.engines import greedy
 from tests.support.toy_process import DEADLY, POISON, POISON_ALL, VOCAB, toy_llm, toy_tokenizer
 from tests.support.toy_runner import generate
 
 PROMPT = tuple(range(40))
+EMPTY_NEWS = News(
+    (), (), (), (), (),
+    StepStats(0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, LedgerEntry(*[0] * 7), 0, 0, 0, 0),
+)  # fmt: skip
 
 
 def run(test: Callable[[AsyncLLM], Awaitable[None]], **options: Any) -> None:
@@ -354,3 +359,40 @@ def test_the_front_does_not_import_torch() -> None:
         timeout=60,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
+
+
+def test_news_of_many_requests_are_handed_out_a_few_in_each_turn_of_the_event_loop() -> None:
+    async def main() -> None:
+        llm = toy_llm()
+        streams = [
+            RequestStream(
+                str(i), None, (1,), greedy(1), [None],
+                stop_sequence=lambda *_: None, cancel=lambda _: None,
+            )
+            for i in range(500)
+        ]  # fmt: skip
+        llm._streams = {stream.id: stream for stream in streams}
+        names = tuple(llm._streams)
+        token: tuple[Any, ...] = (0, 7, None, FinishReason.LENGTH, None, True)
+        told: list[tuple[str, tuple[Any, ...], Callable[[RequestStream], bool]]] = [
+            ("accepted", names, lambda stream: stream.accepted.done()),
+            ("tokens", tuple((n, *token) for n in names), lambda stream: stream.has_tokens),
+            (
+                "ended",
+                tuple((n, RequestMetrics(0.0)) for n in names),
+                lambda stream: stream.metrics is not None,
+            ),
+        ]
+        for field, news, has_it in told:
+            changed: dict[str, Any] = {field: news}
+            task = asyncio.ensure_future(llm._take_news(EMPTY_NEWS._replace(**changed)))
+            before, most = 0, 0
+            while not task.done():
+                await asyncio.sleep(0)
+                now = sum(map(has_it, streams))
+                before, most = now, max(most, now - before)
+            assert before == 500, field
+            assert most <= A_TURN, field
+        assert llm.num_requests == 0
+
+    asyncio.run(main())

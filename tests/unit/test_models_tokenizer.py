@@ -6,6 +6,8 @@ import json
 import random
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -414,3 +416,22 @@ def test_streams_of_random_tokens_add_up(default_model: ModelSource) -> None:
         stream = tokenizer.decode_stream()
         parts = [stream.step(token) or "" for token in ids] + [stream.finish()]
         assert "".join(parts) == tokenizer.decode(ids)
+
+
+def test_long_texts_are_the_same_and_let_other_threads_work() -> None:
+    tokenizer = Tokenizer(byte_tokenizer())
+    text = "what is long, äöü 你好, takes long. " * 8_000
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer._backend.encode(text).ids
+    assert tokenizer.decode(ids) == tokenizer._backend.decode(ids) == text
+    with pytest.raises(RequestError, match="Unicode"):
+        tokenizer.encode("x" * 10_000 + "\ud800")
+
+    for work in (lambda: tokenizer.encode(text), lambda: tokenizer.decode(ids)):
+        thread = threading.Thread(target=work)
+        looks = 0
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.001)
+            looks += 1
+        assert looks > 5  # 1 where the lock is held all the time

@@ -156,6 +156,7 @@ async def _bench(
         "num_requests": len(requests),
         "num_failed": len(failures),
         "errors": sorted(set(failures))[:20],
+        "num_without_usage": sum(o.error is None and not o.has_usage for o in all_served),
         "prompt_tokens": sum(one.prompt_tokens for one in all_served),
         "output_tokens": sum(one.output_tokens for one in all_served),
         "most_late_s": max((one.sent_s - one.due_s for one in all_served), default=0.0),
@@ -202,6 +203,8 @@ def table(record: Record) -> str:
         ("requests_per_s", "requests/s"),
         ("goodput_per_s", "goodput, requests/s"),
     ):
+        if record["num_without_usage"] and name == "total_tokens_per_s":
+            continue  # nobody said how long the prompts were
         if name in found:
             one = found[name]
             lines.append(
@@ -212,6 +215,11 @@ def table(record: Record) -> str:
         lines.append(
             f"offline engine        {record['offline']['output_tokens_per_s']:>10.2f}   "
             f"the server reaches {100 * record['offline']['ratio']:.1f} % of it"
+        )
+    if record["num_without_usage"]:
+        lines.append(
+            f"{record['num_without_usage']} answers came without usage: their prompts count as 0 "
+            "tokens, and their chunks with text as the tokens out"
         )
     if record["settings"]["concurrency"] is None:
         lines.append(f"requests were sent {record['most_late_s'] * 1000:.1f} ms late at most")

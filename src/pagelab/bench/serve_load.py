@@ -39,7 +39,8 @@ class Served:
     chunk_times_s: list[float] = field(default_factory=list)  # of chunks with text
     end_s: float = 0.0
     prompt_tokens: int = 0
-    output_tokens: int = 0
+    output_tokens: int = 0  # where the server does not say: chunks with text
+    has_usage: bool = False  # whether it said
     error: str | None = None
 
     @property
@@ -147,13 +148,14 @@ async def _send(
     served.end_s = time.perf_counter() - started
     if served.error is None and not served.chunk_times_s:
         served.error = "an answer without text"
-    if not served.output_tokens:
-        served.output_tokens = len(served.chunk_times_s)  # the server sent no usage
+    if not served.has_usage:
+        served.output_tokens = len(served.chunk_times_s)
 
 
 def _note(served: Served, chunk: dict[str, Any], time_s: float) -> None:
     usage = chunk.get("usage")
     if usage:
+        served.has_usage = True
         served.prompt_tokens = usage["prompt_tokens"]
         served.output_tokens = usage["completion_tokens"]
     for choice in chunk.get("choices") or ():

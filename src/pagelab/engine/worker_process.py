@@ -11,6 +11,7 @@ sent by the writer. When the socket closes, the front is gone and so is this pro
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -86,6 +87,7 @@ def main(fd: int) -> int:
         logger.exception("the engine could not be made")
         channel.sendall(frame(StartFailed("EngineError", f"{type(error).__name__}: {error}")))
         return EXIT_FAILED
+    gc.freeze()  # a collection between two steps need not go through libraries and weights
     outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     worker = EngineWorker(core, outbox.put, constrain)
     outbox.put(info)

@@ -12,6 +12,7 @@ import uvicorn
 from pagelab.engine.async_llm import AsyncLLM
 from pagelab.errors import ConfigError
 from pagelab.server.app import make_app
+from pagelab.server.garbage import collect_when_idle
 from pagelab.server.otlp import otlp_tracing
 from pagelab.server.settings import ServerSettings
 
@@ -83,12 +84,16 @@ def run_server(
     server = _Server(config, lambda: tasks.append(asyncio.create_task(drain())))
 
     async def main() -> None:
-        announcing = asyncio.create_task(_announce(llm, url, settings, say))
+        beside = [
+            asyncio.create_task(_announce(llm, url, settings, say)),
+            asyncio.create_task(collect_when_idle(llm)),
+        ]
         try:
             await server.serve(sockets=[listener])
         finally:
-            announcing.cancel()
-            await asyncio.gather(announcing, *tasks, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, *tasks, return_exceptions=True)
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:  # uvloop, if there
         runner.run(main())

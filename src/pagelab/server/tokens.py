@@ -56,7 +56,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizedTe
     service: Service = request.app.state.service
     service.check_ready()
     service.check_model(body.model)
-    text = service.llm.tokenizer.decode(body.tokens, body.skip_special_tokens)
+    text = await service.llm.decode(body.tokens, body.skip_special_tokens)
     return DetokenizedText(prompt=text)
 
 

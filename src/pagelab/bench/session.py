@@ -13,6 +13,7 @@ from pagelab.bench.limits import Ceilings, ReferenceTime, reference_time
 from pagelab.bench.run import OnTokens, Run, run_workload
 from pagelab.bench.settings import BenchSettings, EngineChoice
 from pagelab.bench.workloads import build_workload
+from pagelab.engine.garbage import no_full_collections
 from pagelab.models.fetch import ModelSource, resolve
 from pagelab.models.registry import load_spec
 from pagelab.models.shape_source import resolve_shape
@@ -63,14 +64,15 @@ class Session:
     def run(self, on_tokens: OnTokens | None = None) -> Run:
         """The whole workload once."""
         settings = self.settings
-        return run_workload(
-            self.llm.core,
-            self.workload,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            concurrency=settings.concurrency,
-            on_tokens=on_tokens,
-        )
+        with no_full_collections():  # as in `LLM.generate`
+            return run_workload(
+                self.llm.core,
+                self.workload,
+                temperature=settings.temperature,
+                seed=settings.seed,
+                concurrency=settings.concurrency,
+                on_tokens=on_tokens,
+            )
 
     def ceilings(self) -> Ceilings | None:
         """What the machine can do; None where the device has no memory left to measure it in."""

@@ -16,6 +16,7 @@ from rich.progress import (
 
 from pagelab.config import MemoryConfig, SchedulerConfig, parse_bytes
 from pagelab.engine.core import EngineCore
+from pagelab.engine.garbage import no_full_collections
 from pagelab.engine.guided import GrammarCompiler
 from pagelab.engine.text import TextStream
 from pagelab.errors import ConfigError, ModelError, RequestError
@@ -239,7 +240,7 @@ class LLM:
         )
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         try:
-            with _Bar(len(requests), progress) as bar:
+            with no_full_collections(), _Bar(len(requests), progress) as bar:
                 while not all(request.finished for request in requests):
                     bar.update(self._step())
         except BaseException:

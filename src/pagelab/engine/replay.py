@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pagelab.engine.core import EngineCore, StepRecord
+from pagelab.engine.garbage import no_full_collections
 from pagelab.engine.workload_record import empty_steps, micro, workload_run
 from pagelab.errors import RequestError
 from pagelab.memory.allocators import Demand
@@ -131,7 +132,8 @@ def replay(
     watch = _Watch(core, workload, started, bytes_per_token, on_stage, on_progress)
     core.on_step = watch.step
     try:
-        results = _serve(core, workload, clock, watch, temperature, seed)
+        with no_full_collections():
+            results = _serve(core, workload, clock, watch, temperature, seed)
     finally:
         core.on_step = None
     duration = clock() - started

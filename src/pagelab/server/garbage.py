@@ -12,6 +12,7 @@ import gc
 import time
 
 from pagelab.engine.async_llm import AsyncLLM
+from pagelab.engine.garbage import NEVER
 from pagelab.engine.launch import EngineState
 
 _LOOK_EVERY_S = 0.1
@@ -21,8 +22,6 @@ IDLE_S = 1.0
 
 LONGEST_S = 600.0
 """A server that is never idle collects all the same, so often: errors may leave cycles."""
-
-_NEVER = 1_000_000_000  # collections of the second generation before one of the third
 
 
 async def collect_when_idle(
@@ -39,7 +38,7 @@ async def collect_when_idle(
         while llm.state is EngineState.LOADING:
             await asyncio.sleep(_LOOK_EVERY_S)
         gc.freeze()
-        gc.set_threshold(*thresholds[:2], _NEVER)
+        gc.set_threshold(*thresholds[:2], NEVER)
         gc.enable()
         busy = collected = time.monotonic()  # when somebody was last there, when it last was done
         while True:

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +23,9 @@ from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import FoldedNorm, SplitWorkspace, Tiling, linear
 from pagelab.kernels.paged_decode import DecodeTiles, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
+from pagelab.kernels.row_stats import RowStats
 from pagelab.kernels.step_state import Embeddings, SequenceRows, begin_decode
+from pagelab.kernels.tilings import tiling_for
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -83,7 +86,7 @@ LINEARS = {
 }
 
 
-def linears(rows_list: list[int], tilings: dict[int, list[Tiling]], names: list[str]) -> None:
+def linears(names: list[str]) -> None:
     device = device_of(CUDA)
     workspace = SplitWorkspace(1 << 24, 1 << 16, CUDA)
     for name in names:
@@ -92,31 +95,27 @@ def linears(rows_list: list[int], tilings: dict[int, list[Tiling]], names: list[
         copies = max(2, min(40, -(-300_000_000 // (total * k * 2))))
         weights = [torch.randn(total, k, device=CUDA, dtype=BF16) * k**-0.5 for _ in range(copies)]
         norm = FoldedNorm(1e-5, None) if with_norm else None
-        for rows in rows_list:
+        for rows, others in OTHERS.items():
             x = torch.randn(rows, k, device=CUDA, dtype=BF16)
             out = torch.empty(rows, n, device=CUDA, dtype=BF16)
             full = torch.empty(rows, total, device=CUDA, dtype=BF16)
             floor = total * k * 2 / 3.0e6
             blas = graph_us([partial(torch.mm, x, w.t(), out=full) for w in weights])
             h = F.rms_norm(x.float(), (k,), None, 1e-5) if with_norm else x
+            stats = RowStats(rows, k, layer=False, device=CUDA) if with_norm else None
+            if stats is not None:
+                stats.values[:, 0, 0] = x.float().pow(2).sum(1)
             y = h.double() @ weights[0].double().t()
             if gated:
-                y = F.silu(y[:, :n]) * y[:, n:]
+                y = F.silu(y[:, ::2]) * y[:, 1::2]
             results = []
-            for tiling in tilings[rows]:
+            own = tiling_for(rows, n, k, gated=gated, norm=with_norm)
+            for tiling in others if own is None else [own, *others]:
+                if with_norm and tiling.split > 1:
+                    continue
                 if k // tiling.split % tiling.block_k or (gated and tiling.split > 1):
                     continue
-                part = k // tiling.split
-                prefetch = min(part, tiling.prefetch)
-                t = Tiling(
-                    tiling.block_m,
-                    tiling.block_n,
-                    tiling.block_k,
-                    tiling.split,
-                    tiling.stages,
-                    tiling.warps,
-                    prefetch,
-                )
+                t = replace(tiling, prefetch=min(k // tiling.split, tiling.prefetch))
 
                 def call(w: torch.Tensor, t: Tiling = t) -> None:
                     linear(
@@ -129,6 +128,7 @@ def linears(rows_list: list[int], tilings: dict[int, list[Tiling]], names: list[
                         norm=norm,
                         activation="silu" if gated else "none",
                         gated=gated,
+                        stats=stats,
                     )
 
                 try:
@@ -142,7 +142,7 @@ def linears(rows_list: list[int], tilings: dict[int, list[Tiling]], names: list[
                 mark = "" if error < 1e-2 else f" WRONG {error:.1e}"
                 label = (
                     f"{t.block_m}x{t.block_n}x{t.block_k}/{t.split} s{t.stages} w{t.warps}"
-                    f" p{t.prefetch}{mark}"
+                    f" p{t.prefetch}{' own' if tiling == own else ''}{mark}"
                 )
                 results.append((us, label))
             results.sort()
@@ -201,7 +201,7 @@ def decodes() -> None:
         cos, sin = (torch.empty(seqs, dim // 2, device=CUDA) for _ in range(2))
         bytes_ = sum(lengths) * 2 * kv_heads * dim * 2
         results = []
-        for target in (device.num_sms * 4 // kv_heads, device.num_sms * 16 // kv_heads):
+        for target in (device.num_sms // kv_heads, device.num_sms * 2 // kv_heads):
             for block_n, stages, warps in (
                 (64, 2, 4),
                 (64, 3, 4),
@@ -332,26 +332,29 @@ def prefills() -> None:
         print(f"prefill {name:18} TFLOP/s (causal) {' '.join(others)} | {best}")
 
 
-SMALL = [
-    Tiling(16, 16, 128, 1, 4, 4, 4096),
-    Tiling(16, 16, 128, 1, 4, 4, 0),
-    Tiling(16, 16, 256, 1, 3, 4, 4096),
-    Tiling(16, 32, 128, 1, 4, 4, 4096),
-    Tiling(16, 16, 128, 2, 4, 4, 4096),
-    Tiling(16, 16, 128, 4, 4, 4, 4096),
-    Tiling(16, 32, 128, 4, 4, 4, 1024),
-    Tiling(16, 64, 128, 1, 4, 4, 512),
+WIDE = [
+    Tiling(64, 64, 64, stages=6, prefetch=512, descriptors=True),
+    Tiling(64, 32, 128, stages=5, prefetch=1024, descriptors=True),
+    Tiling(128, 64, 64, stages=5, prefetch=512, descriptors=True),
+    Tiling(128, 128, 64, stages=4, warps=8, descriptors=True),
 ]
-MEDIUM = [
-    Tiling(64, 16, 128, 1, 4, 4, 1024),
-    Tiling(64, 32, 128, 1, 4, 4, 1024),
-    Tiling(64, 32, 128, 2, 4, 4, 1024),
-    Tiling(64, 32, 128, 4, 4, 4, 1024),
-    Tiling(64, 64, 128, 1, 3, 4, 1024),
-    Tiling(64, 64, 64, 1, 5, 4, 512),
-    Tiling(64, 128, 64, 1, 4, 4, 512),
-    Tiling(64, 64, 128, 4, 3, 4, 512),
-]
+OTHERS = {
+    4: [
+        Tiling(16, 16, 256, stages=3, prefetch=1024),
+        Tiling(16, 32, 128, split=4, prefetch=768),
+        Tiling(16, 32, 256, warps=8, resident=True),
+        Tiling(16, 64, 128, prefetch=512, descriptors=True),
+    ],
+    64: [
+        Tiling(64, 16, 256, prefetch=1024, descriptors=True),
+        Tiling(64, 32, 128, stages=5, prefetch=1024, descriptors=True),
+        Tiling(64, 32, 128, split=4, prefetch=768),
+        Tiling(64, 64, 128, prefetch=512, descriptors=True),
+    ],
+    128: WIDE,
+    256: WIDE,
+}
+"""Rows: tilings beside the one of the table."""
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -367,4 +370,4 @@ if __name__ == "__main__":
         if "prefill" in parts:
             prefills()
         if "linear" in parts:
-            linears([4, 64], {4: SMALL, 64: MEDIUM}, list(LINEARS))
+            linears(list(LINEARS))

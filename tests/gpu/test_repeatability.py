@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.linear import FoldedNorm, SplitWorkspace, Tiling, linear
+from pagelab.kernels.row_stats import RowStats
 from pagelab.kernels.tilings import INVARIANT, tiling_for
 
 pytestmark = [
@@ -40,7 +41,7 @@ PRODUCTS = {
     ],
     "llama-3.1-8b": [(4096, 4096, False, 0), (14336, 4096, True, 1), (4096, 14336, False, 0)],
 }
-ROWS = [1, 4, 16, 24, 64]
+ROWS = [1, 4, 16, 24, 64, 96, 192, 256]
 
 
 @cache
@@ -55,6 +56,10 @@ def check(rows: int, n: int, k: int, tiling: Tiling, *, gated: bool, norm: int) 
     weight = torch.randn(n * (2 if gated else 1), k, device=CUDA, dtype=bf16) / k**0.5
     sums = weight.float().sum(1) if norm == 2 else None
     folded = FoldedNorm(1e-5, sums) if norm else None
+    stats = RowStats(rows, k, layer=norm == 2, device=CUDA) if norm else None
+    if stats is not None:
+        stats.values[:, 0, 0] = x.float().pow(2).sum(1)
+        stats.values[:, 1, 0] = x.float().sum(1)
     before = torch.randn(1 << 22, device=CUDA)
     expected = x.float()
     if norm == 2:
@@ -63,8 +68,7 @@ def check(rows: int, n: int, k: int, tiling: Tiling, *, gated: bool, norm: int) 
         expected = torch.nn.functional.rms_norm(expected, [k], eps=1e-5)
     expected = expected @ weight.float().t()
     if gated:
-        gate, up = expected.split(n, 1)
-        expected = torch.nn.functional.silu(gate) * up
+        expected = torch.nn.functional.silu(expected[:, ::2]) * expected[:, 1::2]
     first: torch.Tensor | None = None
     for i in range(RUNS):
         out = torch.full((rows, n), float("nan"), device=CUDA, dtype=bf16)
@@ -79,6 +83,7 @@ def check(rows: int, n: int, k: int, tiling: Tiling, *, gated: bool, norm: int) 
             norm=folded,
             activation="silu" if gated else "none",
             gated=gated,
+            stats=stats,
         )
         if first is None:
             first = out

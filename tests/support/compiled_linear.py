@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 KINDS = {
-    **dict.fromkeys(("x", "w", "bias", "residual", "out"), "*bf16"),
-    **dict.fromkeys(("partial", "row_sums", "peaks"), "*fp32"),
+    **dict.fromkeys(("x", "w", "x_tiles", "w_tiles", "bias", "residual", "out"), "*bf16"),
+    **dict.fromkeys(("partial", "row_sums", "peaks", "stats"), "*fp32"),
     **dict.fromkeys(("arrived", "best"), "*i32"),
     **dict.fromkeys(("M", "N"), "i32"),
-    **dict.fromkeys(("eps", "zero"), "fp32"),
+    "eps": "fp32",
 }
 
 
@@ -39,9 +39,13 @@ def layout(case: dict[str, Any]) -> str:
         "GATED": case["gated"],
         "BIAS": False,
         "ADD": False,
+        "STATS": 0,
+        "STAT_WIDTH": case["k"] // 16,
+        "STAT_BLOCKS": case["k"] // 32,
         "STAGES": case["stages"],
         "PREFETCH": case["prefetch"],
         "RESIDENT": case["resident"],
+        "DESCRIPTORS": case["descriptors"],
         "PEAKS": False,
         "PRECISION": "tf32",
         "PDL": True,
@@ -53,6 +57,9 @@ def layout(case: dict[str, Any]) -> str:
         for i, name in enumerate(names)
         if name == "N" or signature[name].startswith("*")
     }
+    if case["descriptors"]:
+        for name, rows in (("x_tiles", case["block_m"]), ("w_tiles", case["block_n"])):
+            signature[name] = f"tensordesc<bf16[{rows}, {case['block_k']}]>"
     source = ASTSource(
         kernel,
         signature,

@@ -24,6 +24,7 @@ from tests.support.engines import toy_engine
 from tests.support.toy_runner import ToyRunner
 
 MAX_SEQS, BLOCK_SIZE, MAX_MODEL_LEN = 3, 4, 32
+VOCAB = 100
 
 
 class MirrorRunner(ToyRunner):
@@ -36,6 +37,7 @@ class MirrorRunner(ToyRunner):
             -(-MAX_MODEL_LEN // BLOCK_SIZE),
             num_blocks,
             torch.device("cpu"),
+            vocab_size=VOCAB,
         )
         self.collected = -1
         self._results: dict[int, StepResult] = {}
@@ -173,7 +175,7 @@ def greedy_part(name: str, temperature: float, seed: int) -> ScheduledSequence:
 
 
 def test_a_name_that_comes_again_brings_its_own_parameters() -> None:
-    state = DeviceState(2, 4, 9, torch.device("cpu"))
+    state = DeviceState(2, 4, 9, torch.device("cpu"), vocab_size=VOCAB)
     for step, (temperature, seed) in enumerate([(0.0, 1), (0.5, 1), (0.5, 2)]):
         row = state.row(greedy_part("a", temperature, seed), step, step - 1)
         changes = state.take_changes()
@@ -184,7 +186,7 @@ def test_a_name_that_comes_again_brings_its_own_parameters() -> None:
 
 
 def test_rows_of_steps_in_flight_are_not_given_away() -> None:
-    state = DeviceState(3, 4, 9, torch.device("cpu"))
+    state = DeviceState(3, 4, 9, torch.device("cpu"), vocab_size=VOCAB)
     rows = [state.row(greedy_part(str(i), 0.0, i), i, -1).index for i in range(3)]
     assert sorted(rows) == [0, 1, 2]
     assert state.row(greedy_part("x", 0.0, 0), 3, collected=0).index == rows[0]
@@ -194,7 +196,7 @@ def test_rows_of_steps_in_flight_are_not_given_away() -> None:
 
 
 def test_a_change_that_changes_again_is_sent_once_as_it_is_last() -> None:
-    state = DeviceState(4, 4, 9, torch.device("cpu"))
+    state = DeviceState(4, 4, 9, torch.device("cpu"), vocab_size=VOCAB)
     state.set_order([1, 2])
     state.set_order([2])
     changes = state.take_changes()

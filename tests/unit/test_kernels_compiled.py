@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,18 @@ NORMED = tiling_for(64, 1536, 2048, gated=False, norm=True)
 
 @pytest.mark.parametrize(
     ("tiling", "k", "gated"),
-    [(GATED, 1024, True), (NORMED, 2048, False), (INVARIANT, 1024, True)],
-    ids=["gated", "normed", "invariant"],
+    [
+        (GATED, 1024, True),
+        (NORMED, 2048, False),
+        (INVARIANT, 1024, True),
+        (replace(INVARIANT, descriptors=True), 1024, True),
+    ],
+    ids=["gated", "normed", "invariant", "descriptors"],
 )
-def test_no_tile_is_overwritten_while_it_is_still_multiplied(
+def test_no_tile_that_is_multiplied_is_read_beside(
     tiling: Tiling | None, k: int, gated: bool
 ) -> None:
-    # Triton has a buffer less for a tile that is also read into registers (here: for the norm),
+    # Triton has a buffer less for a tile that is also read into registers (it was, for the norm),
     # and lets a product run on past the next copy into it. On an H100 7 % of the outputs were wrong
     assert tiling is not None
     assert tiling.block_m == 64
@@ -50,6 +56,7 @@ def test_no_tile_is_overwritten_while_it_is_still_multiplied(
     loop = loop[: loop.index("scf.yield")]
     loaded = set(re.findall(r"ttg\.local_load (%\w+)", loop))
     multiplied = set(re.findall(r"warp_group_dot (%\w+),", loop))
-    assert loaded & multiplied, "x is read for the norm and for the product"
-    assert "async_copy_global_to_local" in loop
-    assert set(re.findall(r"pendings = (\d+)", loop)) == {"0"}
+    assert multiplied
+    assert not loaded & multiplied
+    copy = "async_tma_copy" if tiling.descriptors else "async_copy"
+    assert f"{copy}_global_to_local" in loop

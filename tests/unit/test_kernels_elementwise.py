@@ -19,9 +19,11 @@ from pagelab.kernels.elementwise import (
     gated,
     last_norm,
     project,
+    sum_rows,
 )
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.paged_decode import Projections
+from pagelab.kernels.row_stats import RowStats
 from tests.support.paged import DEVICE, HALF, TOLERANCE, turned
 
 DTYPES = (torch.float32, HALF)
@@ -53,20 +55,16 @@ def norm(x: torch.Tensor, layer: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [False, True])
-@pytest.mark.parametrize("added", ["nothing", "y", "y and bias"])
-def test_add_norm_adds_then_norms(added: str, layer: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("added", [False, True])
+def test_add_norm_adds_then_norms(added: bool, layer: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, y = (torch.randn(3, 96).to(dtype) + 1 for _ in range(2))
+    x = torch.randn(3, 96).to(dtype) + 1
     bias = torch.randn(96).to(dtype)
-    want = x.float()
-    pending = None
-    if added != "nothing":
-        with_bias = added == "y and bias"
-        want = want + y.float() + (bias.float() if with_bias else 0)
-        pending = Pending(y.to(DEVICE), bias.to(DEVICE) if with_bias else None)
-    want = want.to(dtype)  # the stream is kept in the model's dtype, and normed from there
+    # the stream is kept in the model's dtype, and normed from there
+    want = (x.float() + bias.float()).to(dtype) if added else x
     (got,) = on_device(x)
     h, behind = guarded(3, 96, dtype)
+    pending = Pending(bias.to(DEVICE)) if added else Pending()
     add_norm(got, pending, h, LAUNCH, eps=EPS, layer=layer)
     near(got, want)
     near(h, norm(want, layer))
@@ -75,42 +73,63 @@ def test_add_norm_adds_then_norms(added: str, layer: bool, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_rows_are_summed_up_as_they_are_kept(added: bool, layer: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    x, bias = torch.randn(3, 96).to(dtype) + 1, torch.randn(96).to(dtype)
+    want = (x.float() + bias.float()).to(dtype) if added else x
+    (got,) = on_device(x)
+    stats = RowStats(4, 96, layer=layer, device=DEVICE)
+    stats.values.fill_(math.nan)
+    sum_rows(got, Pending(bias.to(DEVICE)) if added else Pending(), stats, LAUNCH)
+    near(got, want)
+    kept = got.cpu().double()
+    sums = stats.values.cpu().double()
+    assert stats.blocks == 1
+    torch.testing.assert_close(sums[:3, 0, 0], kept.pow(2).sum(1), rtol=1e-5, atol=1e-5)
+    if layer:
+        torch.testing.assert_close(sums[:3, 1, 0], kept.sum(1), rtol=1e-5, atol=1e-5)
+    assert sums[3].isnan().all()
+    assert sums[:, :, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", [False, True])
 def test_last_norm_takes_the_sampled_rows(layer: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    x, y = (torch.randn(6, 80).to(dtype) for _ in range(2))
+    x = torch.randn(6, 80).to(dtype)
     weight, bias, add_bias = (torch.randn(80).to(dtype) for _ in range(3))
     rows = [4, 0, 4]
     last = torch.tensor(rows, dtype=torch.int32, device=DEVICE)
     h, behind = guarded(3, 80, dtype)
     finite = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
-    before, there = x.clone(), on_device(x, y, weight, bias, add_bias)
+    before, there = x.clone(), on_device(x, weight, bias, add_bias)
     last_norm(
         there[0],
-        Pending(there[1], there[4]),
+        Pending(there[3]),
         last,
-        NormWeights(there[2], there[3] if layer else None, EPS, layer),
+        NormWeights(there[1], there[2] if layer else None, EPS, layer),
         h,
         finite[:3],
         LAUNCH,
     )
-    want = norm((x.float() + y.float() + add_bias.float())[rows], layer) * weight.double()
+    want = norm((x.float() + add_bias.float())[rows], layer) * weight.double()
     near(h, want + bias.double() if layer else want)
     assert finite.tolist() == [1, 1, 1, -1]
     assert behind.isnan().all()
     assert torch.equal(there[0].cpu(), before)
 
 
-@pytest.mark.parametrize("where", ["x", "y"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_not_finite_is_flagged_and_it_alone(value: float, where: str) -> None:
-    x, y = torch.zeros(2, 4, 33)
-    (x if where == "x" else y)[2, 32] = value
+def test_a_row_that_is_not_finite_is_flagged_and_it_alone(value: float) -> None:
+    x = torch.zeros(4, 33)
+    x[2, 32] = value
     finite = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
     last = torch.arange(4, dtype=torch.int32, device=DEVICE)
-    there = on_device(x, y, torch.ones(33))
+    there = on_device(x, torch.ones(33))
     h, _ = guarded(4, 33, torch.float32)
-    weights = NormWeights(there[2], None, EPS, False)
-    last_norm(there[0], Pending(there[1], None), last, weights, h, finite, LAUNCH)
+    weights = NormWeights(there[1], None, EPS, False)
+    last_norm(there[0], None, last, weights, h, finite, LAUNCH)
     assert finite.tolist() == [1, 1, 0, 1]
 
 
@@ -126,7 +145,7 @@ def test_activations_equal_torchs(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     x = torch.randn(2, 2 * 1100).to(dtype) * 4  # more than a program's 1024
     x[0, :6] = torch.tensor([-100.0, -20, 0, 20, 100, 1])
-    gate, up = x.double().chunk(2, 1)
+    gate, up = x.double()[:, ::2], x.double()[:, 1::2]
     out, behind = guarded(2, 1100, dtype)
     gated(x.to(DEVICE), out, kind, LAUNCH)
     near(out, activation(kind, gate) * up)

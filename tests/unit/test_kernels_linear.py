@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from pagelab.kernels.launch import device_of
-from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear, within
+from pagelab.kernels.linear import (
+    FoldedNorm,
+    Peaks,
+    SplitWorkspace,
+    Tiling,
+    _whole_tiles,
+    empty_rows,
+    linear,
+    within,
+)
 from pagelab.kernels.mailbox import Mailbox
+from pagelab.kernels.row_stats import RowStats
 from pagelab.kernels.sizes import MAX_LINEAR_ROWS
 from pagelab.kernels.step_state import SequenceRows, pick_and_advance
 from pagelab.kernels.tilings import head_tiling, tiling_for
@@ -66,6 +76,9 @@ CASES = [
     Case(tiling=Tiling(16, 16, 32, resident=True), gated=True, activation="silu", norm="rms"),
     Case(tiling=Tiling(16, 16, 32, resident=True), norm="layer", rows=17),
     Case(dtype=HALF, bias=True, residual=True, tiling=Tiling(16, 32, 16, split=2)),
+    Case(tiling=Tiling(32, 16, 32, descriptors=True), rows=33, residual=True),
+    Case(tiling=Tiling(16, 16, 32, descriptors=True), gated=True, activation="silu", norm="rms"),
+    Case(tiling=Tiling(16, 16, 16, split=2, descriptors=True), n=56, bias=True, residual=True),
     Case(dtype=HALF, norm="rms", gated=True, activation="silu"),
     Case(dtype=HALF, norm="layer", bias=True, activation="gelu_tanh"),
 ]
@@ -84,7 +97,7 @@ def expected(
     if case.norm:
         y = y * (y.pow(2).mean(-1, keepdim=True) + EPS).rsqrt()
     y = F.linear(y, weight.double(), None if bias is None else bias.double())
-    gate, up = y.chunk(2, 1) if case.gated else (y, torch.ones(()).double())
+    gate, up = (y[:, ::2], y[:, 1::2]) if case.gated else (y, torch.ones(()).double())
     if case.activation == "silu":
         gate = F.silu(gate)
     elif case.activation != "none":
@@ -112,6 +125,12 @@ def test_a_product_equals_torchs_and_nothing_else_is_written(case: Case) -> None
         norm = FoldedNorm(EPS, sums)
     workspace = SplitWorkspace(4 * case.rows * outputs, 64, DEVICE)
     workspace.partial.fill_(math.nan)
+    stats = None
+    if case.norm:
+        stats = stats_of(x, layer=case.norm == "layer")
+    elif case.residual:  # as the stream's next reader needs them
+        stats = RowStats(case.rows, case.n, layer=case.bias, device=DEVICE)
+        stats.values.fill_(math.nan)
     linear(
         x.to(DEVICE),
         weight.to(DEVICE),
@@ -124,12 +143,43 @@ def test_a_product_equals_torchs_and_nothing_else_is_written(case: Case) -> None
         activation=case.activation,
         gated=case.gated,
         residual=out if case.residual else None,
+        stats=stats,
     )
     want = expected(case, x, weight, bias, residual)
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(out.cpu().double(), want, rtol=tolerance, atol=tolerance)
     assert there[case.rows :].isnan().all()
     assert not workspace.arrived.any(), "the next split product would count on"
+    if stats is not None and case.residual:
+        written = stats.values[:, :, : stats.blocks].double().sum(2).cpu()
+        numbers = out.cpu().double()  # as they were rounded
+        torch.testing.assert_close(written[:, 0], numbers.pow(2).sum(1), rtol=1e-5, atol=1e-5)
+        if stats.layer:
+            torch.testing.assert_close(written[:, 1], numbers.sum(1), rtol=1e-5, atol=1e-5)
+        assert stats.values[:, :, stats.blocks :].isnan().all()
+
+
+def stats_of(x: torch.Tensor, *, layer: bool) -> RowStats:
+    """The sums of x's rows in three blocks, with NaN wherever nobody may look."""
+    stats = RowStats(len(x), x.shape[1], layer=layer, device=DEVICE)
+    stats.values.fill_(math.nan)
+    stats.blocks = 3
+    for i, part in enumerate(x.double().tensor_split(3, 1)):
+        stats.values[:, 0, i] = part.pow(2).sum(1).to(DEVICE)
+        if layer:
+            stats.values[:, 1, i] = part.sum(1).to(DEVICE)
+    return stats
+
+
+def test_tiles_end_where_memory_does() -> None:
+    like = torch.empty(1, 64, dtype=HALF)
+    assert empty_rows(like, 33, 64).shape == (33, 64)
+    x = empty_rows(like, 130, 64)
+    assert x.shape == (130, 64)
+    assert _whole_tiles(x, 128, 32).shape == [256, 64]
+    exact = torch.empty(130, 64, dtype=HALF)
+    assert _whole_tiles(exact, 128, 32).shape == [130, 64]
+    assert _whole_tiles(exact[100:], 16, 32).shape == [30, 64]
 
 
 @pytest.mark.parametrize("tiling", [PLAIN, Tiling(16, 16, 16, split=2)])
@@ -211,9 +261,9 @@ def test_a_tiling_divides_what_it_cuts(rows: int, n: int, k: int, gated: bool, n
 
 
 def test_a_tiling_keeps_to_the_shared_memory_of_the_card() -> None:
-    wide = Tiling(64, 64, 128, stages=4, warps=8)
-    assert within(wide, 1024, 2, gated=True, shared_bytes=232_448) == wide
-    assert within(wide, 1024, 2, gated=True, shared_bytes=101_376).stages == 2
+    wide = Tiling(64, 128, 128, stages=4, warps=8)
+    assert within(wide, 1024, 2, shared_bytes=232_448) == wide
+    assert within(wide, 1024, 2, shared_bytes=101_376).stages == 2
     held = Tiling(16, 32, 256, warps=8, resident=True)
-    assert within(held, 1024, 2, gated=False, shared_bytes=101_376) == held
-    assert not within(held, 4096, 2, gated=False, shared_bytes=101_376).resident
+    assert within(held, 1024, 2, shared_bytes=101_376) == held
+    assert not within(held, 4096, 2, shared_bytes=101_376).resident

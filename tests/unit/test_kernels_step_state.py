@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from pagelab.kernels.decode_items import DecodePlan, cut_items
 from pagelab.kernels.launch import device_of
 from pagelab.kernels.mailbox import Mailbox
+from pagelab.kernels.row_stats import RowStats
 from pagelab.kernels.step_state import (
     Embeddings,
     SequenceRows,
@@ -130,6 +131,30 @@ def test_a_ragged_step_takes_what_the_host_does_not_know_from_the_rows(kind: str
     known = [*ids]
     known[2], known[4] = int(state.next_token[8]), int(state.next_token[5])
     check_inputs(given, known, positions, x, (cos, sin))
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("kind", ["decode", "ragged"])
+def test_a_step_begins_with_the_sums_of_its_rows(kind: str, layer: bool) -> None:
+    state, given = some_rows(), embeddings("learned", HALF)
+    x, cos, sin = results(3, HALF)
+    stats = RowStats(4, HIDDEN, layer=layer, device=DEVICE)
+    stats.values.fill_(math.nan)
+    stats.blocks = min(2, stats.width)
+    rows = words(7, 2, 9)
+    if kind == "decode":
+        plan = DecodePlan(8, 4, 2, 16, 5, DEVICE)
+        begin_decode(rows, state, given, x, cos, sin, plan, LAUNCH, stats=stats)
+    else:
+        ids, positions = words(4, 9, -1), words(10, 11, 25)
+        begin_ragged(ids, rows, positions, state, given, x, cos, sin, LAUNCH, stats=stats)
+    numbers = x.double()
+    sums = stats.values[:, :, : stats.blocks].double().sum(2)
+    torch.testing.assert_close(sums[:3, 0], numbers.pow(2).sum(1), rtol=1e-5, atol=1e-5)
+    if layer:
+        torch.testing.assert_close(sums[:3, 1], numbers.sum(1), rtol=1e-5, atol=1e-5)
+    assert stats.values[3].isnan().all()
+    assert stats.values[:, :, stats.blocks :].isnan().all()
 
 
 def columns(state: SequenceRows) -> list[list[int]]:

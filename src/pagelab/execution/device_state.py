@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagelab.kernels.sampling import SamplingState
+from pagelab.kernels.sampling import SamplingMode, SamplingState
 from pagelab.kernels.sizes import MAX_SUPPRESSED, aligned
 from pagelab.kernels.step_state import SequenceRows
 from pagelab.scheduling.batch import ScheduledSequence
@@ -36,6 +36,8 @@ class Row:
     sampled: bool = True  # the last step here gave the device the sequence's next token
     suppresses: bool = False
     identity: tuple[SamplingParams, int] | None = None  # what is written: parameters and seed
+    mode: SamplingMode = SamplingMode.GREEDY  # what these parameters need
+    logprobs: bool = False
 
 
 class DeviceState:
@@ -46,12 +48,20 @@ class DeviceState:
         max_blocks: blocks of a sequence at most.
         scratch_block: where padding writes.
         device: where.
+        vocab_size: of the model.
     """
 
     def __init__(
-        self, num_rows: int, max_blocks: int, scratch_block: int, device: torch.device
+        self,
+        num_rows: int,
+        max_blocks: int,
+        scratch_block: int,
+        device: torch.device,
+        *,
+        vocab_size: int,
     ) -> None:
         self.num_rows, self.max_blocks, self.device = num_rows, max_blocks, device
+        self._vocab_size = vocab_size
         rows = num_rows + 1
         self._places: dict[str, int] = {}
         sizes = {
@@ -180,6 +190,8 @@ class DeviceState:
         ):
             self._set(self._places[name] + index, word)
         row.identity, row.suppresses = (params, part.position_seed[0]), False
+        row.mode = SamplingMode.of([params], self._vocab_size)
+        row.logprobs = params.logprobs is not None
         row.next_start = -1
 
     def _place(self, row: Row, part: ScheduledSequence) -> None:

@@ -26,6 +26,9 @@ from pagelab.kernels.sizes import (
     SMALLEST_PEAK_BLOCK,
     TILE,
     TILE_ROWS,
+    row_stats_width,
+    split_blocks,
+    split_sums,
 )
 from pagelab.memory.budget import Footprint
 from pagelab.memory.layout import DTYPE_BYTES
@@ -98,12 +101,13 @@ def gpu_footprint(
     """
     tokens, seqs = largest_step(limits.max_num_batched_tokens, limits.max_num_seqs)
     size = DTYPE_BYTES[dtype]
-    target_items = max(1, 4 * num_sms // spec.num_kv_heads)
+    target_items = max(1, 2 * num_sms // spec.num_kv_heads)
     per_token = _live_numbers(spec) * size
     rotary = 8 * max(1, spec.head_dim // 2)  # cos and sin, float32
+    row_sums = 8 * row_stats_width(spec.hidden_size)  # of squares and of numbers, float32
     folded = 4 * spec.num_layers * _folded_rows(spec) if spec.norm == "layernorm" else 0
     activations = {
-        "residual": tokens * (spec.hidden_size * size + rotary),
+        "residual": tokens * (spec.hidden_size * size + rotary + row_sums),
         "logits": 4 * seqs * spec.vocab_size,
         "sampling": _sampling_bytes(spec, seqs),
         "split sums": _split_bytes(spec, limits, seqs, target_items),
@@ -166,8 +170,7 @@ def _sampling_bytes(spec: ModelSpec, seqs: int) -> int:
 
 
 def _split_bytes(spec: ModelSpec, limits: StepLimits, seqs: int, target_items: int) -> int:
-    widest = max(spec.hidden_size, _qkv_rows(spec), spec.intermediate_size)
-    products = 4 * MAX_LINEAR_ROWS * widest + widest + spec.intermediate_size
+    products = split_sums(spec.hidden_size) + split_blocks(spec.hidden_size)
     items = max(decode_bucket(limits.max_num_seqs), seqs) + target_items
     attention = items * (DESCRIPTOR + spec.num_heads * (spec.head_dim + 2))
     return 4 * (products + attention + seqs * spec.num_kv_heads)

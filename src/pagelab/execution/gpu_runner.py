@@ -31,7 +31,7 @@ from pagelab.execution.buckets import (
     token_bucket,
 )
 from pagelab.execution.cuda_graphs import GraphCache
-from pagelab.execution.device_state import DeviceState
+from pagelab.execution.device_state import DeviceState, Row
 from pagelab.execution.kv_cache import KVCache
 from pagelab.execution.logits.logprobs import (
     ROWS_AT_ONCE,
@@ -46,7 +46,7 @@ from pagelab.execution.sampler import NO_TOKEN
 from pagelab.kernels.decode_items import DecodePlan
 from pagelab.kernels.elementwise import Pending, project
 from pagelab.kernels.launch import device_of
-from pagelab.kernels.linear import Peaks
+from pagelab.kernels.linear import Peaks, empty_rows
 from pagelab.kernels.mailbox import Mailbox
 from pagelab.kernels.paged_decode import Projections, decode_attention
 from pagelab.kernels.paged_prefill import prefill_attention, queries_per_tile
@@ -143,7 +143,12 @@ class GpuRunner:
         self.device = decoder.embedding.device
         cuda = self.device.type == "cuda"
         self._launch = device_of(self.device)
-        self.decoder = FusedDecoder(decoder, self._launch, batch_invariant=batch_invariant)
+        self.decoder = FusedDecoder(
+            decoder,
+            self._launch,
+            max_tokens=largest_step(config.max_num_batched_tokens, config.max_num_seqs)[0],
+            batch_invariant=batch_invariant,
+        )
         self._invariant = batch_invariant
         self.graphs = GraphCache(enabled=graphs and cuda)
         self._stream = torch.cuda.Stream(self.device) if cuda else None
@@ -156,9 +161,10 @@ class GpuRunner:
             -(-max_model_len // size),
             cache.num_blocks,
             self.device,
+            vocab_size=spec.vocab_size,
         )
         self._tile = queries_per_tile(spec.num_heads, spec.num_kv_heads)
-        self._target_items = max(1, 4 * self._launch.num_sms // spec.num_kv_heads)
+        self._target_items = max(1, 2 * self._launch.num_sms // spec.num_kv_heads)
         self._plan = DecodePlan(
             max(self._max_seqs, ragged_seqs(self._max_seqs)),
             spec.num_heads,
@@ -213,8 +219,9 @@ class GpuRunner:
             state, step = self.state, batch.step
             # a step that failed is not under way, and never will be collected
             collected = self._under_way[0] - 1 if self._under_way else step - 1
-            rows = [state.row(part, step, collected).index for part in parts]
-            how = self._sampling_of(parts)
+            known = [state.row(part, step, collected) for part in parts]
+            rows = [row.index for row in known]
+            how = self._sampling_of(parts, known)
             if not self._invariant and all(part.num_tokens == 1 and part.samples for part in parts):
                 results = self._submit_decode(rows, how)
             else:
@@ -235,14 +242,14 @@ class GpuRunner:
         batch = handle.batch
         self._under_way = [step for step in self._under_way if step > batch.step]
         tokens, usable, finite = handle.results.tolist()
+        if 0 not in finite and 0 not in usable and not handle.logprobs and not handle.failed:
+            parts = zip(batch.sequences, tokens, strict=False)  # behind them is padding
+            each = {p.sequence_id: SampledToken(token) for p, token in parts if p.samples}
+            return StepResult(batch.step, each, prompt_logprobs=_read_prompts(handle))
         sampled: dict[SequenceId, SampledToken] = {}
         errors: dict[SequenceId, str] = {}
-        fine = 0 not in finite and 0 not in usable and not handle.logprobs and not handle.failed
         for i, part in enumerate(batch.sequences):
-            if fine:
-                if part.samples:
-                    sampled[part.sequence_id] = SampledToken(tokens[i])
-            elif not finite[i]:
+            if not finite[i]:
                 errors[part.sequence_id] = (
                     "the model's output is not finite here: try --dtype float32"
                 )
@@ -257,10 +264,7 @@ class GpuRunner:
                 sampled[part.sequence_id] = SampledToken(
                     tokens[i], None if logprobs is None else _read(logprobs)
                 )
-        prompts: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
-        for sequence_id, some in handle.prompts:
-            prompts[sequence_id] = (*prompts.get(sequence_id, ()), *some.read())
-        return StepResult(batch.step, sampled, errors, prompts)
+        return StepResult(batch.step, sampled, errors, _read_prompts(handle))
 
     # Two forms of a step
 
@@ -279,11 +283,19 @@ class GpuRunner:
         spec, tables = self.decoder.spec, self.state.rows.block_tables
         apply_updates(self._upload, self.state.arena, self._launch, self._mailbox)
         begin_decode(
-            order, self.state.rows, self.decoder.embeddings, x, cos, sin, plan, self._launch
+            order,
+            self.state.rows,
+            self.decoder.embeddings,
+            x,
+            cos,
+            sin,
+            plan,
+            self._launch,
+            stats=self.decoder.stats_of(seqs),
         )
 
         def attend(layer: int, qkv: torch.Tensor, p: Projections) -> torch.Tensor:
-            out = qkv.new_empty(seqs, spec.num_heads, spec.head_dim)
+            out = empty_rows(qkv, seqs, spec.num_heads, spec.head_dim)
             decode_attention(
                 qkv,
                 out,
@@ -359,12 +371,13 @@ class GpuRunner:
             cos,
             sin,
             self._launch,
+            stats=self.decoder.stats_of(tokens),
         )
 
         def attend(layer: int, qkv: torch.Tensor, p: Projections) -> torch.Tensor:
             cache = self.cache.layers[layer]
             q = qkv.new_empty(tokens, spec.num_heads, spec.head_dim)
-            out = torch.empty_like(q)
+            out = empty_rows(qkv, tokens, spec.num_heads, spec.head_dim)
             project(qkv, q, cache, tables, rows, positions, p, self._launch)
             if singles:
                 decode_attention(
@@ -420,18 +433,25 @@ class GpuRunner:
         else:
             self.graphs.run(key, work)
 
-    def _sampling_of(self, parts: tuple[ScheduledSequence, ...]) -> _Sampling:
-        mode = SamplingMode.of((part.params for part in parts), self._logits.shape[1])
-        logprobs = any(part.params.logprobs is not None for part in parts)
-        processed = parts if any(part.logits is not None for part in parts) else None
-        if processed is None and not any(part.suppressed for part in parts):
+    def _sampling_of(self, parts: tuple[ScheduledSequence, ...], rows: list[Row]) -> _Sampling:
+        mode, logprobs, suppressed, processed = SamplingMode.GREEDY, False, False, False
+        for part, row in zip(parts, rows, strict=True):  # once, since there may be hundreds
+            if row.mode > mode:
+                mode = row.mode
+            if row.logprobs:
+                logprobs = True
+            if part.suppressed:
+                suppressed = True
+            if part.logits is not None:
+                processed = True
+        if not suppressed and not processed:
             return _Sampling(mode, logprobs, mode == SamplingMode.GREEDY and not logprobs)
         masked = tuple(
             (row, part.suppressed)
             for row, part in enumerate(parts)
             if len(part.suppressed) > MAX_SUPPRESSED
         )
-        return _Sampling(mode, logprobs, False, masked, processed)
+        return _Sampling(mode, logprobs, False, masked, parts if processed else None)
 
     def _read_prompts(
         self,
@@ -535,6 +555,13 @@ def _load(kernel: Any) -> None:
     """Load a kernel that was compiled ahead, or by an engine before this one."""
     compiled = kernel.result() if hasattr(kernel, "result") else kernel
     compiled.run  # noqa: B018 (a property that loads it)
+
+
+def _read_prompts(handle: InFlight) -> dict[SequenceId, tuple[TokenLogprobs, ...]]:
+    prompts: dict[SequenceId, tuple[TokenLogprobs, ...]] = {}
+    for sequence_id, some in handle.prompts:
+        prompts[sequence_id] = (*prompts.get(sequence_id, ()), *some.read())
+    return prompts
 
 
 def _read(logprobs: _Logprobs) -> TokenLogprobs:

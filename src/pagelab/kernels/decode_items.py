@@ -22,7 +22,7 @@ def shortest_item(num_seqs: int, target: int) -> int:
     Where the sequences themselves are about as many as the items that are wanted (`target`), only
     a long one is worth cutting (docs/log.md).
     """
-    return 512 if 2 * num_seqs >= target else 256
+    return 512 if num_seqs >= target else 256
 
 
 class DecodePlan:

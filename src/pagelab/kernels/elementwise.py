@@ -2,13 +2,16 @@
 
 ::
 
-    add_norm        x += y + bias; h = norm(x), whose weight is in the next linear layer
+    add_norm        x += bias; h = norm(x), whose weight is in the next linear layer
     project         raw q, k, v → norm of q and k, rotary embedding → q, and k and v in the cache
-    gated           [gate | up] → activation(gate) · up
+    gated           pairs of gate and up → activation(gate) · up
+    sum_rows        x += bias; the sums that a norm inside the next linear layer needs
     last_norm       the rows that are sampled → norm, and whether they are finite
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,6 +19,7 @@ import triton.language as tl
 
 from pagelab.kernels.launch import Device, begin
 from pagelab.kernels.paged_decode import Projections, load_head
+from pagelab.kernels.row_stats import RowStats
 
 
 @triton.jit
@@ -38,26 +42,22 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _with_pending(x, y, bias, at, j, live, ADD: tl.constexpr, ADD_BIAS: tl.constexpr):
-    """A row of the residual stream, and what is still to be added to it, in float32."""
+def _with_bias(x, bias, at, j, live, ADD: tl.constexpr):
+    """A row of the residual stream, and the bias that is still to be added to it, in float32."""
     row = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if ADD:
-        row += tl.load(y + at, mask=live, other=0.0).to(tl.float32)
-        if ADD_BIAS:
-            row += tl.load(bias + j, mask=live, other=0.0).to(tl.float32)
+        row += tl.load(bias + j, mask=live, other=0.0).to(tl.float32)
     return row
 
 
 @triton.jit
 def _add_norm(
     x,
-    y,
     add_bias,
     h,
     hidden,
     eps,
     ADD: tl.constexpr,
-    ADD_BIAS: tl.constexpr,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -68,7 +68,7 @@ def _add_norm(
     live = j < hidden
     at = i * hidden + j
     dtype = x.dtype.element_ty
-    row = _with_pending(x, y, add_bias, at, j, live, ADD, ADD_BIAS)
+    row = _with_bias(x, add_bias, at, j, live, ADD)
     if ADD:
         rounded = row.to(dtype)
         tl.store(x + at, rounded, mask=live)
@@ -77,9 +77,35 @@ def _add_norm(
 
 
 @triton.jit
+def _sum_rows(
+    x,
+    add_bias,
+    stats,
+    hidden,
+    ADD: tl.constexpr,
+    LAYER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    i = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    live = j < hidden
+    at = i * hidden + j
+    row = _with_bias(x, add_bias, at, j, live, ADD)
+    if ADD:
+        rounded = row.to(x.dtype.element_ty)
+        tl.store(x + at, rounded, mask=live)
+        row = rounded.to(tl.float32)
+    tl.store(stats + i * (2 * WIDTH), tl.sum(row * row, 0))
+    if LAYER:
+        tl.store(stats + i * (2 * WIDTH) + WIDTH, tl.sum(row, 0))
+
+
+@triton.jit
 def _last_norm(
     x,
-    y,
     add_bias,
     last,
     weight,
@@ -89,7 +115,6 @@ def _last_norm(
     hidden,
     eps,
     ADD: tl.constexpr,
-    ADD_BIAS: tl.constexpr,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -99,7 +124,7 @@ def _last_norm(
     j = tl.arange(0, BLOCK)
     live = j < hidden
     at = tl.load(last + i).to(tl.int64) * hidden + j
-    row = _with_pending(x, y, add_bias, at, j, live, ADD, ADD_BIAS)
+    row = _with_bias(x, add_bias, at, j, live, ADD)
     # a NaN or an infinity is the only number whose difference to itself is not 0
     tl.store(finite + i, (tl.sum(tl.where(row - row == 0.0, 0, 1), 0) == 0).to(tl.int32))
     out = normalize(row, j, hidden, eps, LAYER)
@@ -117,10 +142,10 @@ def _gated(x, out, inner, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.const
     i = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = j < inner
-    gate = tl.load(x + i * 2 * inner + j, mask=live, other=0.0)
-    up = tl.load(x + i * 2 * inner + inner + j, mask=live, other=0.0)
-    gate = activate(gate.to(tl.float32), KIND)
-    tl.store(out + i * inner + j, (gate * up.to(tl.float32)).to(up.dtype), mask=live)
+    both = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    pairs = tl.load(x + i * 2 * inner + both, mask=both < 2 * inner, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(pairs, [BLOCK, 2]))
+    tl.store(out + i * inner + j, (activate(gate, KIND) * up).to(x.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -200,13 +225,13 @@ class NormWeights:
         self.bias = weight if bias is None else bias
 
 
+@dataclass(frozen=True, slots=True)
 class Pending:
-    """What is still to be added to the residual stream: `y` `[T, hidden]`, and a bias."""
+    """What is left to do on the residual stream: a bias to add, if any, and to sum up its rows
+    (`row_stats`), which who wrote it did not do.
+    """
 
-    __slots__ = ("bias", "y")
-
-    def __init__(self, y: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.y, self.bias = y, bias
+    bias: torch.Tensor | None = None
 
 
 def add_norm(
@@ -218,21 +243,41 @@ def add_norm(
     eps: float,
     layer: bool,
 ) -> None:
-    """`x += pending` in place, then `h = norm(x)` without weight and bias; all `[T, hidden]`."""
+    """`x += bias` in place, if one is pending, then `h = norm(x)` without weight and bias; both
+    `[T, hidden]`.
+    """
     hidden = x.shape[1]
-    y, bias = (None, None) if pending is None else (pending.y, pending.bias)
+    bias = None if pending is None else pending.bias
     device.launch(
         _add_norm,
         (len(x),),
         x,
-        x if y is None else y,
         x if bias is None else bias,
         h,
         hidden,
         eps,
-        y is not None,
         bias is not None,
         layer,
+        triton.next_power_of_2(hidden),
+        device.pdl,
+        num_warps=_warps(hidden),
+    )
+
+
+def sum_rows(x: torch.Tensor, pending: Pending, stats: RowStats, device: Device) -> None:
+    """Do what is pending on x `[T, hidden]`, in place: the sums of its rows are one block then."""
+    hidden = x.shape[1]
+    stats.blocks = 1
+    device.launch(
+        _sum_rows,
+        (len(x),),
+        x,
+        x if pending.bias is None else pending.bias,
+        stats.values,
+        hidden,
+        pending.bias is not None,
+        stats.layer,
+        stats.width,
         triton.next_power_of_2(hidden),
         device.pdl,
         num_warps=_warps(hidden),
@@ -248,14 +293,13 @@ def last_norm(
     finite: torch.Tensor,
     device: Device,
 ) -> None:
-    """`h[i] = norm((x + pending)[last[i]])`; `finite[i]` (int32) says whether that row was."""
+    """`h[i] = norm((x + bias)[last[i]])`; `finite[i]` (int32) says whether that row was."""
     hidden = x.shape[1]
-    y, bias = (None, None) if pending is None else (pending.y, pending.bias)
+    bias = None if pending is None else pending.bias
     device.launch(
         _last_norm,
         (len(h),),
         x,
-        x if y is None else y,
         x if bias is None else bias,
         last,
         norm.weight,
@@ -264,7 +308,6 @@ def last_norm(
         finite,
         hidden,
         norm.eps,
-        y is not None,
         bias is not None,
         norm.layer,
         triton.next_power_of_2(hidden),
@@ -274,7 +317,7 @@ def last_norm(
 
 
 def gated(x: torch.Tensor, out: torch.Tensor, kind: str, device: Device) -> None:
-    """`out [T, inner] = activation(gate) · up`, with x `[T, 2 · inner]` as `[gate | up]`."""
+    """`out [T, inner] = activation(gate) · up`, with pairs of the two in x `[T, 2 · inner]`."""
     inner = out.shape[1]
     block = min(1024, triton.next_power_of_2(inner))
     grid = (len(x), triton.cdiv(inner, block))

@@ -31,12 +31,14 @@ class Device:
         num_sms: multiprocessors.
         pdl: programmatic dependent launch works here.
         shared_bytes: shared memory that a program can have.
+        descriptors: tiles can be copied by tensor descriptors.
         compiled: where kernels go that are compiled and not run; None: they run.
     """
 
     num_sms: int
     pdl: bool
     shared_bytes: int = 1 << 20
+    descriptors: bool = True
     compiled: list[Any] | None = None
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int) -> None:
@@ -60,6 +62,7 @@ def device_of(device: torch.device) -> Device:
         properties.multi_processor_count,
         properties.major >= 9,
         properties.shared_memory_per_multiprocessor - 1024,  # the system keeps 1 KiB a program
+        descriptors=properties.major >= 9,
     )
 
 

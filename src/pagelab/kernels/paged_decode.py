@@ -338,8 +338,10 @@ def decode_tiles(num_seqs: int, block_d: int, element_size: int) -> DecodeTiles:
         tiles = DecodeTiles(32, 2, 4, 1)
     elif num_seqs <= 8:
         tiles = DecodeTiles(128 if block_d <= 64 else 64, 2, 4, 2)
+    elif num_seqs <= 32 and block_d > 64:
+        tiles = DecodeTiles(64, 3, 4, 1)
     elif num_seqs <= 64:
-        tiles = DecodeTiles(64, 2, 2, 1) if block_d <= 64 else DecodeTiles(32, 3, 1, 1)
+        tiles = DecodeTiles(64, 2, 2, 1)
     else:
         tiles = DecodeTiles(128, 3 if block_d <= 64 else 2, 4, 1)
     return replace(tiles, block_n=tiles.block_n // 2) if element_size == 4 else tiles

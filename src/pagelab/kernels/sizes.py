@@ -25,9 +25,14 @@ the tile, position of its first query."""
 TILE_ROWS = 128
 """Rows of such a tile: queries times the query heads that share a K/V head."""
 
-MAX_LINEAR_ROWS = 64
-"""Rows of a product of our own at most; above, cuBLAS was ahead everywhere (128 and 256 rows, three
-models)."""
+MAX_LINEAR_ROWS = 256
+"""Rows of a product of our own at most; above, the matrix rate counts, and cuBLAS is ahead."""
+
+MAX_SPLIT = 4
+"""Parts that a product's inputs are split into at most."""
+
+SMALLEST_LINEAR_BLOCK = 16
+"""Outputs of a tile of `linear` at least, and rows."""
 
 SMALLEST_PEAK_BLOCK = 32
 """Outputs of a block of `linear.Peaks` at least."""
@@ -41,3 +46,18 @@ def aligned(num_words: int) -> int:
     start there.
     """
     return -(-num_words // 4) * 4
+
+
+def row_stats_width(hidden: int) -> int:
+    """Blocks of outputs that `row_stats` has room for in a row of `hidden` numbers."""
+    return -(-hidden // SMALLEST_LINEAR_BLOCK)
+
+
+def split_sums(hidden: int) -> int:
+    """Sums that split products (those into the residual stream) leave for each other at most."""
+    return MAX_SPLIT * MAX_LINEAR_ROWS * hidden
+
+
+def split_blocks(hidden: int) -> int:
+    """Tiles of such a product at most."""
+    return MAX_LINEAR_ROWS // SMALLEST_LINEAR_BLOCK * row_stats_width(hidden)

@@ -22,6 +22,7 @@ from pagelab.kernels.decode_items import PART, DecodePlan, shortest_item
 from pagelab.kernels.launch import Device, begin
 from pagelab.kernels.linear import Peaks
 from pagelab.kernels.mailbox import Mailbox, deliver
+from pagelab.kernels.row_stats import RowStats
 
 
 @triton.jit
@@ -34,12 +35,16 @@ def _embed(
     cos,
     sin,
     frequencies,
+    stats,
+    stat_blocks,
     i,
     hidden,
     LEARNED: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    STATS: tl.constexpr,
+    STAT_WIDTH: tl.constexpr,
 ):
     j = tl.arange(0, BLOCK)
     x = tl.load(embedding + token.to(tl.int64) * hidden + j, mask=j < hidden, other=0.0)
@@ -49,6 +54,13 @@ def _embed(
         )
         x = (x.to(tl.float32) + p.to(tl.float32)).to(x.dtype)
     tl.store(to + i.to(tl.int64) * hidden + j, x, mask=j < hidden)
+    if STATS > 0:  # all in the first block
+        b = tl.arange(0, triton.next_power_of_2(STAT_WIDTH))
+        wide = x.to(tl.float32)
+        at = stats + i.to(tl.int64) * (2 * STAT_WIDTH) + b
+        tl.store(at, tl.where(b == 0, tl.sum(wide * wide, 0), 0.0), mask=b < stat_blocks)
+        if STATS == 2:
+            tl.store(at + STAT_WIDTH, tl.where(b == 0, tl.sum(wide, 0), 0.0), mask=b < stat_blocks)
     if not LEARNED:
         k = tl.arange(0, BLOCK_HALF)
         angle = position.to(tl.float32) * tl.load(frequencies + k, mask=k < HALF, other=0.0)
@@ -94,7 +106,7 @@ def _plan_items(
         tl.store(at + 7, position, mask=here)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "target", "shortest"])
+@triton.jit(do_not_specialize=["num_seqs", "target", "shortest", "stat_blocks"])
 def _begin_decode(
     rows,
     next_token,
@@ -105,16 +117,20 @@ def _begin_decode(
     cos,
     sin,
     frequencies,
+    stats,
     items,
     num_items,
     num_seqs,
     target,
     shortest,
+    stat_blocks,
     hidden,
     LEARNED: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    STATS: tl.constexpr,
+    STAT_WIDTH: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
@@ -134,16 +150,20 @@ def _begin_decode(
             cos,
             sin,
             frequencies,
+            stats,
+            stat_blocks,
             i,
             hidden,
             LEARNED,
             HALF,
             BLOCK,
             BLOCK_HALF,
+            STATS,
+            STAT_WIDTH,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stat_blocks"])
 def _begin_ragged(
     token_ids,
     token_rows,
@@ -155,11 +175,15 @@ def _begin_ragged(
     cos,
     sin,
     frequencies,
+    stats,
+    stat_blocks,
     hidden,
     LEARNED: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    STATS: tl.constexpr,
+    STAT_WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -177,12 +201,16 @@ def _begin_ragged(
         cos,
         sin,
         frequencies,
+        stats,
+        stat_blocks,
         i,
         hidden,
         LEARNED,
         HALF,
         BLOCK,
         BLOCK_HALF,
+        STATS,
+        STAT_WIDTH,
     )
 
 
@@ -324,6 +352,11 @@ class SequenceRows:
         return len(self.next_token) - 1
 
 
+def _stats_constants(stats: RowStats | None) -> tuple[int, int]:
+    """STATS, STAT_WIDTH of the kernels."""
+    return (0, 1) if stats is None else (2 if stats.layer else 1, stats.width)
+
+
 def begin_decode(
     rows: torch.Tensor,
     state: SequenceRows,
@@ -335,11 +368,13 @@ def begin_decode(
     device: Device,
     *,
     shortest: int | None = None,
+    stats: RowStats | None = None,
 ) -> None:
     """Inputs of a step with one token for each of `rows` `[S]` int32.
 
     Writes x `[S, hidden]`, cos and sin `[S, D / 2]` float32, and the plan's items, of `shortest`
-    keys at least (None: as `decode_items` says).
+    keys at least (None: as `decode_items` says). With `stats` also x's sums, all in the first of
+    as many blocks as it says.
     """
     if shortest is None:
         shortest = shortest_item(len(rows), plan.target_items)
@@ -357,13 +392,16 @@ def begin_decode(
         cos,
         sin,
         cos if embeddings.frequencies is None else embeddings.frequencies,
+        cos if stats is None else stats.values,
         plan.items,
         plan.num_items,
         len(rows),
         plan.target_items,
         shortest,
+        1 if stats is None else stats.blocks,
         hidden,
         *constants,
+        *_stats_constants(stats),
         PART,
         triton.next_power_of_2(plan.max_seqs),
         device.pdl,
@@ -381,6 +419,8 @@ def begin_ragged(
     cos: torch.Tensor,
     sin: torch.Tensor,
     device: Device,
+    *,
+    stats: RowStats | None = None,
 ) -> None:
     """The same for T tokens that the host describes, all int32 `[T]`.
 
@@ -401,8 +441,11 @@ def begin_ragged(
         cos,
         sin,
         cos if embeddings.frequencies is None else embeddings.frequencies,
+        cos if stats is None else stats.values,
+        1 if stats is None else stats.blocks,
         hidden,
         *constants,
+        *_stats_constants(stats),
         device.pdl,
         num_warps=4,
     )

@@ -5,8 +5,8 @@ Few rows (most decode steps), five kernels a layer::
     qkv (norm inside) → attention (norm of q and k, rotary embedding, cache write inside)
     → output (+ residual) → up (norm and activation inside) → down (+ residual)
 
-More rows, with products by cuBLAS: add + norm, qkv, project (for sequences that bring several
-tokens), attention, output, add + norm, up, activation, down.
+More rows, with products by cuBLAS: norm, qkv, project (for sequences that bring several tokens),
+attention, output (+ residual), norm, up, activation, down (+ residual).
 """
 
 from __future__ import annotations
@@ -24,11 +24,20 @@ from pagelab.kernels.elementwise import (
     add_norm,
     gated,
     last_norm,
+    sum_rows,
 )
 from pagelab.kernels.launch import Device
-from pagelab.kernels.linear import FoldedNorm, Peaks, SplitWorkspace, Tiling, linear
+from pagelab.kernels.linear import (
+    FoldedNorm,
+    Peaks,
+    SplitWorkspace,
+    Tiling,
+    empty_rows,
+    linear,
+)
 from pagelab.kernels.paged_decode import Projections
-from pagelab.kernels.sizes import MAX_LINEAR_ROWS
+from pagelab.kernels.row_stats import RowStats
+from pagelab.kernels.sizes import MAX_LINEAR_ROWS, split_blocks, split_sums
 from pagelab.kernels.step_state import Embeddings
 from pagelab.kernels.tilings import INVARIANT, fitted, head_tiling, tiling_for
 from pagelab.models.decoder import Decoder, DecoderLayer
@@ -64,10 +73,13 @@ class FusedDecoder:
     Args:
         decoder: on the device, not packed; not to be used any more.
         device: how its kernels are launched.
+        max_tokens: of a step.
         batch_invariant: the same kernels with the same tiles for any number of rows.
     """
 
-    def __init__(self, decoder: Decoder, device: Device, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, decoder: Decoder, device: Device, *, max_tokens: int, batch_invariant: bool = False
+    ) -> None:
         self.spec = spec = decoder.spec
         self.device = device
         self.dtype = decoder.dtype
@@ -80,7 +92,7 @@ class FusedDecoder:
                 q_norm=None if layer.q_norm is None else layer.q_norm.weight,
                 k_norm=None if layer.k_norm is None else layer.k_norm.weight,
                 output=_product(layer.output),
-                up=_fold(layer.mlp_norm, layer.up),
+                up=_fold(layer.mlp_norm, _paired(layer.up) if spec.gated_mlp else layer.up),
                 down=_product(layer.down),
             )
             # one by one, so that weights which are copied are not there twice for all layers
@@ -96,18 +108,30 @@ class FusedDecoder:
         final = decoder.final_norm
         self.final_norm = NormWeights(final.weight, final.bias, final.eps, spec.norm == "layernorm")
         self._logits_shape = self.head.new_empty(1).expand(len(self.head))  # takes no memory
-        self._inner = spec.intermediate_size
-        widest = max(spec.hidden_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._workspace = SplitWorkspace(
-            4 * MAX_LINEAR_ROWS * max(widest, self._inner), widest + self._inner, where
+            split_sums(spec.hidden_size), split_blocks(spec.hidden_size), where
         )
+        layer = spec.norm == "layernorm"
+        self._stats = RowStats(max_tokens, spec.hidden_size, layer=layer, device=where)
+
+    def stats_of(self, rows: int) -> RowStats | None:
+        """Where the sums of the first hidden state of so many rows go; None: nobody reads them."""
+        layer, spec = self.layers[0], self.spec
+        n, hidden = layer.qkv.weight.shape
+        if self._tiling(rows, n, hidden, gated=False, norm=True) is None:
+            return None
+        # as many blocks as the layers after it get, so that their kernel serves the first one too
+        down = self._tiling(rows, hidden, spec.intermediate_size, gated=False, norm=False)
+        self._stats.blocks = 1 if down is None else -(-hidden // down.block_n)
+        return self._stats
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> Pending | None:
         """Run all layers on the residual stream x `[T, hidden]`, in place.
 
-        cos and sin are `[T, D / 2]`. Returns what is still to be added to x.
+        cos and sin are `[T, D / 2]`; the sums of x are where `stats_of` says. Returns what is
+        still to be added to x.
         """
         spec = self.spec
         rope = spec.positions == "rope"
@@ -135,7 +159,7 @@ class FusedDecoder:
         out: torch.Tensor,
     ) -> None:
         """Logits of the rows `last` `[S]` into `out` `[S, vocab]` float32; see `last_norm`."""
-        h = x.new_empty(len(last), x.shape[1])
+        h = empty_rows(x, len(last), x.shape[1])
         last_norm(x, pending, last, self.final_norm, h, finite, self.device)
         tiling = self._head_tiling(h)
         if tiling is not None:
@@ -162,7 +186,7 @@ class FusedDecoder:
         tiling = None if len(last) > MAX_LINEAR_ROWS else self._head_tiling(x)
         if tiling is None:
             return None
-        h = x.new_empty(len(last), x.shape[1])
+        h = empty_rows(x, len(last), x.shape[1])
         last_norm(x, pending, last, self.final_norm, h, finite, self.device)
         shape = self._logits_shape.expand(len(last), -1)
         linear(h, self.head, shape, tiling, self._workspace, self.device, peaks=out)
@@ -194,11 +218,11 @@ class FusedDecoder:
         kind = self.spec.activation if activate else "none"
         rows, k = x.shape
         n = product.weight.shape[0] // (2 if gate else 1)
-        tiling = None
-        if pending is None:
-            tiling = self._tiling(rows, n, k, gated=gate, norm=True)
+        tiling = self._tiling(rows, n, k, gated=gate, norm=True)
         if tiling is not None:
-            out = x.new_empty(rows, n)
+            if pending is not None:
+                sum_rows(x, pending, self._stats, self.device)
+            out = empty_rows(x, rows, n)
             linear(
                 x,
                 product.weight,
@@ -210,6 +234,7 @@ class FusedDecoder:
                 norm=product.norm,
                 activation=kind,
                 gated=gate,
+                stats=self._stats,
             )
             return out
         h = torch.empty_like(x)
@@ -217,19 +242,20 @@ class FusedDecoder:
         add_norm(x, pending, h, self.device, eps=product.norm.eps, layer=layer)
         out = F.linear(h, product.weight, product.bias)
         if gate:
-            wide, out = out, x.new_empty(rows, n)
+            wide, out = out, empty_rows(x, rows, n)
             gated(wide, out, kind, self.device)
         elif activate:
             activate_(out, kind, self.device)
         return out
 
     def _added(self, x: torch.Tensor, y: torch.Tensor, product: _Product) -> Pending | None:
-        """`x += product(y)`, at once or left pending."""
+        """`x += product(y)`, and the sums of its rows; or part of it, and what is left to do."""
         rows, k = y.shape
         n = x.shape[1]
         tiling = self._tiling(rows, n, k, gated=False, norm=False)
         if tiling is None:
-            return Pending(F.linear(y, product.weight), product.bias)
+            torch.addmm(x, y, product.weight.t(), out=x)
+            return Pending(product.bias)
         linear(
             y,
             product.weight,
@@ -239,6 +265,7 @@ class FusedDecoder:
             self.device,
             bias=product.bias,
             residual=x,
+            stats=self._stats,
         )
         return None
 
@@ -250,6 +277,17 @@ def _taken(layers: list[DecoderLayer]) -> Iterator[DecoderLayer]:
 
 def _product(layer: Linear) -> _Product:
     return _Product(layer.weight.contiguous(), layer.bias)
+
+
+def _paired(layer: Linear) -> Linear:
+    """A layer of gates first, then of what they let through, with each gate next to its own."""
+
+    def paired(t: torch.Tensor) -> torch.Tensor:
+        gates, others = t.chunk(2)
+        return torch.stack([gates, others], 1).flatten(0, 1)
+
+    bias = None if layer.bias is None else paired(layer.bias)
+    return Linear(paired(layer.weight), bias, pack=False)
 
 
 def _fold(norm: Norm, layer: Linear) -> _Product:
